@@ -24,6 +24,7 @@ V vocabulary, D hidden size, N scored positions; z rationale, y answer, w = p(y*
 M rollouts, which estimates P.
 """
 import argparse
+import ctypes
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -46,13 +47,18 @@ from pathlib import Path
 for _unused in ("torchvision", "torchaudio", "torchcodec"):
     sys.modules.setdefault(_unused, None)
 os.environ.setdefault("GOMP_SPINCOUNT", "500")  # idle threads that spin for long slow a shared CPU down severalfold
+if hasattr(ctypes.CDLL(None), "mallopt"):  # glibc: keep freed memory; page faults cost a CPU step a tenth of its time
+    ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
+                          PreTrainedModel, PreTrainedTokenizerBase)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from data import DataError, Record, dataset_name, load
@@ -435,8 +441,8 @@ class HFRollouts:
 
 
 def _bf16_copy(model: PreTrainedModel) -> PreTrainedModel:
-    copy = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16).to(model.device).eval()
-    return copy.requires_grad_(False)
+    copy = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16, attn_implementation="grouped_sdpa")
+    return copy.to(model.device).eval().requires_grad_(False)
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -574,10 +580,10 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         """(N, D), (V, D), (N,) -> (N,)."""
-        rows = max(1, CHUNK // weight.shape[0])
+        rows, W = max(1, CHUNK // weight.shape[0]), weight.to(hidden.dtype)
         log_p, log_Z = [], []
         for h, t in zip(hidden.split(rows), target.split(rows)):
-            logits = _logits(h, weight)  # (rows, V)
+            logits = _logits(h, W)  # (rows, V)
             log_Z.append(logits.logsumexp(-1))
             log_p.append(logits.gather(-1, t[:, None])[:, 0] - log_Z[-1])
         ctx.save_for_backward(hidden, weight, target, torch.cat(log_Z))
@@ -587,15 +593,15 @@ class _LogProb(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of hidden, weight and target (none) from that of the N log-probabilities."""
         hidden, weight, target, log_Z = ctx.saved_tensors
-        rows = max(1, CHUNK // weight.shape[0])
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)
+        rows, W = max(1, CHUNK // weight.shape[0]), weight.to(hidden.dtype)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for h, t, Z, g, d in zip(*(x.split(rows) for x in (hidden, target, log_Z, grad, d_hidden))):
-            d_logits = _logits(h, weight).sub_(Z[:, None]).exp_().mul_(-g[:, None])
+            d_logits = _logits(h, W).sub_(Z[:, None]).exp_().mul_(-g[:, None])
             d_logits.scatter_add_(-1, t[:, None], g[:, None])
-            d_logits = d_logits.to(weight.dtype)
-            torch.mm(d_logits, weight, out=d)
+            d_logits = d_logits.to(h.dtype)
+            torch.mm(d_logits, W, out=d)
             d_weight += d_logits.T @ h
-        return d_hidden, d_weight.to(weight.dtype), None
+        return d_hidden, d_weight, None
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -611,13 +617,27 @@ def chunked_log_probs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     scaling, as in Qwen and Llama.
     """
     if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     return _LogProb.apply(hidden, weight, target)
 
 
 def _autocast(model: PreTrainedModel, config: Config) -> torch.autocast:
     return torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings):
+    """Attention for transformers in which the query heads of one key head are rows of one product, (R, H, T, D) as
+    (R, G, H/G T, D): the same numbers, but keys and values are not copied H/G times, forward and backward."""
+    (R, H, T, D), G = query.shape, key.shape[1]
+    if mask is None and T > 1:  # causal, and the kernel knows that without a mask
+        return sdpa_attention_forward(module, query, key, value, mask, **settings)
+    mask = mask if mask is None else mask.repeat(1, 1, H // G, 1)
+    out = F.scaled_dot_product_attention(query.reshape(R, G, -1, D), key, value, mask, scale=settings["scaling"])
+    return out.view(R, H, T, D).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("grouped_sdpa", grouped_attention)
+AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
 
 
 class SharedPrompt:
@@ -656,10 +676,11 @@ class SharedPrompt:
         scored = right_pad([[z or y for z, y in zip(r.z_mask, r.y_mask)] for r in responses], device)
         R, T = ids.shape
         position = torch.arange(self.length, self.length + T, device=device).unsqueeze(0)
+        causal = torch.ones(T, self.length + T, dtype=torch.bool, device=device).tril(self.length)[None, None]
         with _autocast(self.model, self.config):
             inputs = F.pad(ids[:, :-1], (1, 0), value=self.last)
-            hidden = self.model.base_model(input_ids=inputs, position_ids=position, past_key_values=self.cache(R),
-                                           use_cache=True).last_hidden_state  # (R, T, D)
+            hidden = self.model.base_model(input_ids=inputs, attention_mask=causal, position_ids=position,
+                                           past_key_values=self.cache(R), use_cache=True).last_hidden_state  # (R, T, D)
             log_p = chunked_log_probs(hidden[scored], self.model.get_output_embeddings().weight, ids[scored])
         return torch.zeros(R, T, dtype=log_p.dtype, device=device).masked_scatter(scored, log_p)
 
@@ -1127,7 +1148,7 @@ def load_model(name: str, device: torch.device) -> tuple[PreTrainedModel, Format
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="grouped_sdpa")
     except (OSError, ValueError) as error:
         found = "that folder holds no model" if Path(name).exists() else "no such folder, and the Hub did not give it"
         raise RunError(f"--model {name}: {found}; pass --model FOLDER with a Hugging Face checkpoint "
