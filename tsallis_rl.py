@@ -48,15 +48,22 @@ for _unused in ("torchvision", "torchaudio", "torchcodec"):
     sys.modules.setdefault(_unused, None)
 os.environ.setdefault("GOMP_SPINCOUNT", "500")  # idle threads that spin for long slow a shared CPU down severalfold
 if hasattr(ctypes.CDLL(None), "mallopt"):  # glibc: keep freed memory; page faults cost a CPU step a tenth of its time
-    ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+    ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_optimizer_state_dict)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
-                          PreTrainedModel, PreTrainedTokenizerBase)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, Cache,
+                          DynamicCache, PreTrainedModel, PreTrainedTokenizerBase)
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
@@ -112,8 +119,11 @@ class Config:
     clip: float = _setting(1.0, "Largest norm of the gradient.")
     dtype: str = _setting("auto", "Arithmetic: float32, bfloat16 (autocast over float32 weights), or auto: bfloat16 on "
                                   "CUDA.", "auto", "float32", "bfloat16")
-    token_budget: int = _setting(32768, "Tokens (prompt and response, padded) held at once in training and in "
-                                        "transformers rollouts; lower it when memory runs out.")
+    token_budget: int = _setting(8192, "Tokens (the prompt and its padded responses) held at once in training; "
+                                       "transformers rollouts hold 16 times as many. Lower it when memory runs out.")
+    shard: str = _setting("none", "fsdp: torchrun's processes share weights, gradients and optimiser state of the "
+                                  "layers (FSDP2).", "none", "fsdp")
+    tensor_parallel: int = _setting(1, "vLLM: so many of torchrun's processes sample with one copy of the model.")
     # the run
     seed: int = _setting(0, "Seed of the data order and of every sample.")
     out: str | None = _setting(None, "Folder of the run; runs/NAME when not given.")
@@ -130,7 +140,8 @@ PRESETS = {  # the paper's rationale budgets (Section 7): so many tokens in all,
     "musique": dict(model=PAPER_MODEL, think_budget=2048 - 128, answer_budget=128, steps=200, lr=2e-6),
     "custom": dict(model=PAPER_MODEL, think_budget=2048 - 128, answer_budget=128, steps=200, lr=2e-6),
 }
-RESUMABLE = {"resume", "steps", "rollout", "token_budget", "gpu_share", "gap_bound"}  # may change on --resume
+# may change on --resume
+RESUMABLE = {"resume", "steps", "rollout", "token_budget", "shard", "tensor_parallel", "gpu_share", "gap_bound"}
 
 
 def resolve(config: Config) -> Config:
@@ -147,7 +158,7 @@ def resolve(config: Config) -> Config:
     if not 0 <= config.q <= 1:
         raise RunError(f"--q must lie in [0, 1], not {config.q}")
     least = dict(M=2, K=1, think_budget=1, answer_budget=1, steps=1, batch_size=1, eval_samples=1, eval_every=1,
-                 token_budget=1, prompt_limit=2, warmup=0, seed=0, limit=1)
+                 limit=1, token_budget=1, tensor_parallel=1, prompt_limit=2, warmup=0, seed=0)
     for name, low in least.items():
         if getattr(config, name) is not None and getattr(config, name) < low:
             raise RunError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(config, name)}")
@@ -383,15 +394,16 @@ class HFRollouts:
     seed, so a sample does not depend on what shares its batch."""
 
     def __init__(self, model: PreTrainedModel, fmt: Format, config: Config):
-        self.fmt, self.token_budget = fmt, config.token_budget
-        self.model = model if config.dtype == "float32" else _bf16_copy(model)
+        self.fmt, self.cached_tokens = fmt, 16 * config.token_budget  # a cached token is about a twentieth of a trained
+        shared = config.dtype == "float32" and config.shard == "none"
+        self.model = model if shared else _copy(model, getattr(torch, config.dtype))
 
     @torch.no_grad()
     def sync(self, model: PreTrainedModel) -> None:
         """Bring the trainer's weights into the sampler (nothing to do where they are the same tensors)."""
         if self.model is not model:
             for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
-                mine.copy_(theirs)
+                mine.copy_(whole(theirs))
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], seeds: list[list[int]], think_budget: int,
@@ -400,7 +412,7 @@ class HFRollouts:
         if not prompts:
             return []
         length = think_budget + len(self.fmt.forced(False)) + answer_budget
-        at_once = max(1, self.token_budget // (max(map(len, prompts)) + length))
+        at_once = max(1, self.cached_tokens // (max(map(len, prompts)) + length))
         rows = [(i, seed) for i, group in enumerate(seeds) for seed in group]
         rollouts: list[list[Rollout]] = [[] for _ in prompts]
         for start in range(0, len(rows), at_once):
@@ -424,7 +436,7 @@ class HFRollouts:
             logits = self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
                                 logits_to_keep=1).logits[:, -1]
             if t == 0:  # the prompts have been prefilled: from here on a row is a sample
-                cache.batch_select_indices(row_of)
+                cache = Cache(layers=[_RoomyLayer(layer, row_of, uniform.shape[1]) for layer in cache.layers])
                 logits, mask = logits[row_of], mask[row_of]
             token, log_p = _draw(logits.float(), uniform[:, t])
             fed = [s.step(*pair) for s, pair in zip(samples, zip(token.tolist(), log_p.tolist()))]
@@ -440,9 +452,31 @@ class HFRollouts:
             mask = F.pad(mask, (0, 1), value=1)
 
 
-def _bf16_copy(model: PreTrainedModel) -> PreTrainedModel:
-    copy = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16, attn_implementation="grouped_sdpa")
+def _copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype, attn_implementation="grouped_sdpa")
     return copy.to(model.device).eval().requires_grad_(False)
+
+
+class _RoomyLayer(DynamicLayer):
+    """A layer's keys and values with room for the tokens to come: DynamicLayer copies all it holds for each one."""
+
+    def __init__(self, prefix: DynamicLayer, rows: Tensor, room: int):
+        super().__init__()
+        self.length, self.is_initialized = prefix.keys.shape[-2], True
+        self.room = [F.pad(x, (0, 0, 0, room))[rows] for x in (prefix.keys, prefix.values)]
+        self.keys, self.values = (x[:, :, :self.length] for x in self.room)
+
+    def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of the new tokens; returns all so far."""
+        start, self.length = self.length, self.length + key.shape[-2]
+        for x, new in zip(self.room, (key, value)):
+            x[:, :, start:self.length] = new
+        self.keys, self.values = (x[:, :, :self.length] for x in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.room = [x[indices] for x in self.room]
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -494,26 +528,40 @@ class VLLMRollouts:
         # seeded samples and a prefill in pieces do not go together on CPU ("Generator does not use offset")
         on_cpu = dict(kv_cache_memory_bytes=2 << 30, enforce_eager=True, enable_chunked_prefill=False, block_size=32,
                       max_num_batched_tokens=max(8192, max_length))
+        # under torchrun the engines of a tensor-parallel group run in step, each with its part of the weights
+        joint = dict(tensor_parallel_size=config.tensor_parallel, distributed_executor_backend="external_launcher")
         self.llm = vllm.LLM(model=path, dtype=config.dtype, max_model_len=max_length, seed=0, generation_config="vllm",
                             enable_prefix_caching=True, disable_log_stats=True, use_tqdm_on_load=False,
-                            **(on_cpu if cpu else dict(gpu_memory_utilization=config.gpu_share)))
+                            **(on_cpu if cpu else dict(gpu_memory_utilization=config.gpu_share)),
+                            **(joint if world() > 1 else {}))
         # vLLM reseeds torch, and its CPU worker turns set_num_threads into a function that does nothing
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
         torch.set_rng_state(random_state)
         self.fmt, self.SamplingParams, self.dtype = fmt, vllm.SamplingParams, getattr(torch, config.dtype)
+        self.peers = peers(config.tensor_parallel)
 
     def sync(self, model: PreTrainedModel) -> None:
         """Hand the trainer's weights over and forget the keys and values of the old ones."""
         # state_dict, as named_parameters() lacks a tied output layer
-        weights = ((name, w.to(self.dtype)) for name, w in model.state_dict().items())
+        weights = ((name, whole(w).to(self.dtype)) for name, w in model.state_dict().items())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self.llm.reset_prefix_cache():
             raise RunError("vLLM kept keys and values of the old weights (reset_prefix_cache failed)")
 
     def generate(self, prompts: list[list[int]], seeds: list[list[int]], think_budget: int,
                  answer_budget: int) -> list[list[Rollout]]:
-        """The rollouts of each prompt: rationales first, then, from the closed rationales, the answers."""
+        """The rollouts of each prompt. Engines that run in step are all given the prompts of their whole group."""
+        if self.peers is None:
+            return self._rollouts(prompts, seeds, think_budget, answer_budget)
+        parts, me = gather([(prompts, seeds)], self.peers), dist.get_rank(self.peers)
+        rollouts = self._rollouts(*([x for part in side for x in part] for side in zip(*parts)), think_budget,
+                                  answer_budget)
+        first = sum(len(prompts) for prompts, _ in parts[:me])
+        return rollouts[first:first + len(prompts)]
+
+    def _rollouts(self, prompts, seeds, think_budget: int, answer_budget: int) -> list[list[Rollout]]:
+        """Rationales first, then, from the closed rationales, the answers."""
         rationales = self._sample(prompts, [s[0] for s in seeds], len(seeds[0]) if seeds else 0, think_budget, True)
         groups = [[Rollout(z, self.fmt.closed(z), [], log_p) for z, log_p in group] for group in rationales]
         if answer_budget == 0:
@@ -561,6 +609,8 @@ def make_engine(config: Config, path: str, model: PreTrainedModel, fmt: Format,
     if config.rollout == "vllm" and not able:
         raise RunError(f"--rollout vllm cannot run here: {why}; use --rollout hf")
     use = config.rollout == "vllm" or (config.rollout == "auto" and able)
+    if config.tensor_parallel > 1 and not use:
+        raise RunError("--tensor-parallel is for vLLM, and rollouts are by transformers here")
     say(f"rollouts by {'vLLM' if use else 'transformers'}: {why if config.rollout == 'auto' else 'as --rollout says'}")
     return VLLMRollouts(path, fmt, config, length) if use else HFRollouts(model, fmt, config)
 
@@ -653,10 +703,11 @@ class SharedPrompt:
         self.last = prompt[-1]  # is run with each response: its output predicts the response's first token
         with _autocast(model, config):
             ids = torch.tensor([prompt[:-1]], device=model.device)
-            cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
+            out = model.base_model(input_ids=ids, use_cache=True)
         # keys and values of every layer, each (1, heads, length, head size)
-        self.outputs = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        self.outputs = [x for layer in out.past_key_values.layers for x in (layer.keys, layer.values)]
         self.leaves = [x.detach().requires_grad_() for x in self.outputs]
+        self.hidden = out.last_hidden_state if sharded(model) else None
 
     def cache(self, rows: int) -> DynamicCache:
         """The prompt's cache, expanded to `rows` responses."""
@@ -667,7 +718,10 @@ class SharedPrompt:
 
     def backward(self) -> None:
         """Carry what the responses left at the keys and values back through the prompt."""
-        torch.autograd.backward(self.outputs, [x.grad for x in self.leaves])
+        outputs, grads = self.outputs, [x.grad for x in self.leaves]
+        if self.hidden is not None:  # FSDP2 gathers a layer again when a gradient, here 0, reaches its output
+            outputs, grads = [*outputs, self.hidden], [*grads, torch.zeros_like(self.hidden)]
+        torch.autograd.backward(outputs, grads)
 
     def log_probs(self, responses: Sequence[Response]) -> Tensor:
         """log p of every scored token of the responses given what precedes it; 0 elsewhere: (R, T) in float32, nats."""
@@ -707,10 +761,10 @@ class Group:
     seed: int
 
     def micro_batches(self, rows: Sequence[int], token_budget: int) -> list[list[int]]:
-        """Rows by falling length, cut so that rows x (prompt + longest) stays in the budget; one row always goes."""
+        """Rows by falling length, cut so that prompt + rows x longest stays in the budget; one row always goes."""
         rows, batches = deque(sorted(rows, key=lambda m: -len(self.responses[m].ids))), []
         while rows:
-            size = max(1, token_budget // (len(self.prompt) + len(self.responses[rows[0]].ids)))
+            size = max(1, (token_budget - len(self.prompt)) // len(self.responses[rows[0]].ids))
             batches.append([rows.popleft() for _ in range(min(size, len(rows)))])
         return batches
 
@@ -767,21 +821,22 @@ def group_gradient(model: PreTrainedModel, group: Group, config: Config, weight:
     else:
         shared = SharedPrompt(model, group.prompt, config)
         batches = group.micro_batches(range(M), config.token_budget)
-        hold = config.method == "garl" and len(batches) == 1
+        passes = in_step(model, batches)
+        hold = config.method == "garl" and len(passes) == 1
         with torch.set_grad_enabled(hold):
-            scored = [score(shared, group, rows) for rows in batches]
+            scored = [score(shared, group, rows) for rows in passes][:len(batches)]
         for s in scored:
             log_w[s.rows] = s.log_py.detach().float().cpu()
         a, b = coefficients(log_w, group.seed, config)
     live = [m for m in range(M) if a[m] != 0 or b[m] != 0]
     gaps = [s.gap for s in scored]
-    if live:
+    batches = group.micro_batches(live, config.token_budget)
+    if passes := in_step(model, batches):
         shared = shared or SharedPrompt(model, group.prompt, config)
-        again = (score(shared, group, rows) for rows in group.micro_batches(live, config.token_budget))
-        for s in scored if hold else again:
+        for i, s in enumerate(scored if hold else (score(shared, group, rows) for rows in passes)):
             loss = surrogate_loss(s.log_pz, s.log_py, a[s.rows].to(s.log_pz), b[s.rows].to(s.log_py))
-            (weight * loss).backward()
-            gaps += [s.gap] * (config.method == "grpo")
+            (weight * (i < len(batches)) * loss).backward()
+            gaps += [s.gap] * (config.method == "grpo" and i < len(batches))
         shared.backward()
     return result_of(group, log_w, a, live, torch.cat([torch.zeros(0), *(gap.float().cpu() for gap in gaps)]))
 
@@ -825,6 +880,12 @@ class Run:
     stop: bool = False  # Ctrl-C was pressed
 
 
+def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimizer:
+    """AdamW or SGD without weight decay; `update` sets the learning rate."""
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
+    return kind([{"params": part} for part in whole_and_sharded(model)], lr=config.lr, weight_decay=0.0, fused=True)
+
+
 def batch_of(step: int, config: Config, N: int) -> list[int]:
     """The B records of step 1, 2, ...: every epoch is a permutation of its own, a function of (seed, epoch) alone."""
     batch = []
@@ -866,9 +927,10 @@ def update(run: Run, groups: list[Group], step: int) -> tuple[list[Result], floa
     run.optimizer.zero_grad(set_to_none=True)
     # the longest first, so that running out of memory shows at once
     longest_first = sorted(groups, key=lambda g: -len(g.prompt) - max(len(r.ids) for r in g.responses))
-    results = [group_gradient(run.model, group, run.config, 1 / run.config.batch_size) for group in longest_first]
+    with _autocast(run.model, run.config):  # around all passes: the weights are cast once
+        results = [group_gradient(run.model, group, run.config, 1 / run.config.batch_size) for group in longest_first]
     sum_gradients(run.model)
-    norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip))
+    norm = clip_gradients(run.model, run.config.clip)
     if math.isfinite(norm):
         for parameters in run.optimizer.param_groups:
             parameters["lr"] = run.config.lr * min(1, step / max(1, run.config.warmup))
@@ -969,13 +1031,15 @@ def save(run: Run, name: str) -> None:
 
     Written in full under another name and then renamed: at every moment name/ or name.old/ is a whole checkpoint.
     """
+    weights = get_model_state_dict(run.model, options=WHOLE)  # by all processes together, for rank 0 to write
+    state = {"step": run.step, "best": run.best, "skipped": run.skipped,
+             "optimizer": get_optimizer_state_dict(run.model, run.optimizer, options=WHOLE)}
     if rank() > 0:
         return
     folder, new, old = (run.out / f"{name}{suffix}" for suffix in ("", ".new", ".old"))
-    state = {"step": run.step, "best": run.best, "skipped": run.skipped, "optimizer": run.optimizer.state_dict()}
     try:
         shutil.rmtree(new, ignore_errors=True)
-        run.model.save_pretrained(new)
+        run.model.save_pretrained(new, state_dict=weights)
         run.fmt.tokenizer.save_pretrained(new)
         torch.save(state, new / "trainer.pt")
     except Exception as error:  # a full disk: safetensors and torch each have errors of their own
@@ -999,8 +1063,9 @@ def checkpoint_of(out: Path) -> Path:
 
 def restore(run: Run, folder: Path) -> None:
     """Continue where the checkpoint stands: optimiser, counters, and the logs cut back to its step."""
-    state = torch.load(folder / "trainer.pt", map_location=run.model.device, weights_only=True)
-    run.optimizer.load_state_dict(state["optimizer"])
+    state = torch.load(folder / "trainer.pt", weights_only=True)
+    if state["optimizer"]["state"]:  # SGD has none
+        set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"], options=WHOLE)
     run.step, run.best, run.skipped = state["step"], state["best"], state["skipped"]
     for log in (run.out / "metrics.jsonl", run.out / "samples.jsonl"):
         if log.exists() and rank() == 0:
@@ -1094,13 +1159,18 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gather(items: list) -> list:
-    """The items of all processes, in all of them."""
+def gather(items: list, group: dist.ProcessGroup | None = None) -> list:
+    """The items of all processes (of a group), in all of them."""
     if world() == 1:
         return items
-    parts = [None] * world()
-    dist.all_gather_object(parts, items)
+    parts = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, items, group)
     return [item for part in parts for item in part]
+
+
+def peers(size: int) -> dist.ProcessGroup | None:
+    """The group of `size` neighbouring processes that this one belongs to; None when it is alone."""
+    return dist.new_subgroups(size)[0] if size > 1 else None
 
 
 def sum_gradients(model: PreTrainedModel) -> None:
@@ -1108,8 +1178,56 @@ def sum_gradients(model: PreTrainedModel) -> None:
     that nothing reached gets 0, not None, for any number of processes: AdamW treats the two differently."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if world() > 1:
+        if world() > 1 and not isinstance(p, DTensor):  # FSDP2 has summed its own
             dist.all_reduce(p.grad)
+
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # a checkpoint is the same for any number of processes
+
+
+def shard(model: PreTrainedModel, config: Config) -> None:
+    """FSDP2: from here on a process holds 1/N of each layer, of its gradient and of its optimiser state, and gathers a
+    layer when it runs. Embeddings, output layer and final norm stay whole."""
+    bf16 = torch.bfloat16 if config.dtype == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    layers = model.base_model.layers
+    rest = set(model.parameters()) - set(layers.parameters())
+    for module in (*layers, model.base_model):
+        fully_shard(module, mp_policy=policy, ignored_params=rest)
+        module.set_gradient_divide_factor(1.0)  # a sum: `group_gradient` has divided
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def sharded(model: PreTrainedModel) -> bool:
+    """Whether `shard` was applied."""
+    return isinstance(model.base_model, FSDPModule)
+
+
+def whole(w: Tensor) -> Tensor:
+    """A weight in full; with FSDP2 by all processes together."""
+    return w.full_tensor() if isinstance(w, DTensor) else w
+
+
+def in_step(model: PreTrainedModel, batches: list[list[int]]) -> list[list[int]]:
+    """FSDP2: a pass gathers the layers from all processes, so all make as many as the one that has most; those added
+    here run one response and count for nothing."""
+    most = max(gather([len(batches)])) if sharded(model) else len(batches)
+    return batches + [[0]] * (most - len(batches))
+
+
+def whole_and_sharded(model: PreTrainedModel) -> list[list[Tensor]]:
+    """The parameters in two lists (one without FSDP2), as torch's operations on many tensors do not mix the kinds."""
+    parts = [[p for p in model.parameters() if isinstance(p, DTensor) == is_sharded] for is_sharded in (False, True)]
+    return [part for part in parts if part]
+
+
+def clip_gradients(model: PreTrainedModel, most: float) -> float:
+    """Scale the gradient to a norm of at most `most`; returns the norm before."""
+    parts = whole_and_sharded(model)
+    norm = torch.stack([whole(get_total_norm([p.grad for p in part])) for part in parts]).norm()
+    for part in parts:
+        clip_grads_with_norm_(part, most, norm)
+    return float(norm)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1143,7 +1261,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     return resolve(Config(**{**saved, **given, "out": str(out)}))
 
 
-def load_model(name: str, device: torch.device) -> tuple[PreTrainedModel, Format]:
+def load_model(name: str) -> tuple[PreTrainedModel, Format]:
     """Model in float32 (bfloat16 weights would lose AdamW's small updates) and its token format."""
     transformers_logging.disable_progress_bar()
     try:
@@ -1153,7 +1271,7 @@ def load_model(name: str, device: torch.device) -> tuple[PreTrainedModel, Format
         found = "that folder holds no model" if Path(name).exists() else "no such folder, and the Hub did not give it"
         raise RunError(f"--model {name}: {found}; pass --model FOLDER with a Hugging Face checkpoint "
                        f"({str(error).splitlines()[0]})") from error
-    return model.to(device).eval(), Format.of(tokenizer)  # eval: no dropout, or sampler and trainer would differ
+    return model.eval(), Format.of(tokenizer)  # eval: no dropout, or sampler and trainer would differ
 
 
 def start_run(config: Config) -> Run:
@@ -1161,19 +1279,25 @@ def start_run(config: Config) -> Run:
     device = start_processes()
     if config.batch_size < world():
         raise RunError(f"--batch-size {config.batch_size} leaves some of the {world()} processes without a prompt")
+    if config.shard == "fsdp" and (world() == 1 or config.batch_size % world()):
+        raise RunError(f"--shard fsdp needs torchrun and a --batch-size that is a multiple of the {world()} processes")
+    if world() % config.tensor_parallel:
+        raise RunError(f"--tensor-parallel {config.tensor_parallel} does not divide the {world()} processes; start "
+                       "them with torchrun --nproc-per-node")
     checkpoint = checkpoint_of(Path(config.resume)) if config.resume else None
     out = Path(gather([str(run_folder(config))])[0])
     splits = {split: load(config.data, split, config.limit) for split in ("train", "validation")}
-    model, fmt = load_model(str(checkpoint or config.model), device)
+    model, fmt = load_model(str(checkpoint or config.model))
+    if config.shard == "fsdp":
+        shard(model, config)
+    model.to(device)
     prompts = {}
     for split, records in splits.items():
         prompts[split] = encode(records, config.start, fmt, config.prompt_limit)
         kept = len(prompts[split].ids)
         say(f"{split}: {kept} prompts; {len(records) - kept} dropped, as longer than {config.prompt_limit} tokens")
     engine = make_engine(config, str(checkpoint or config.model), model, fmt, list(prompts.values()))
-    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
-    optimizer = kind(model.parameters(), lr=config.lr, weight_decay=0.0)
-    run = Run(config, out, model, fmt, engine, optimizer, prompts["train"], prompts["validation"])
+    run = Run(config, out, model, fmt, engine, make_optimizer(model, config), prompts["train"], prompts["validation"])
     if checkpoint:
         restore(run, checkpoint)
     if rank() == 0:
@@ -1202,7 +1326,9 @@ def run_folder(config: Config) -> Path:
 
 def answer(config: Config, records: list[Record], samples: int) -> tuple[list[Record], list[list[str]]]:
     """eval.py's sampling: (the records whose prompt fits, `samples` answers to each) of the model config.model."""
-    model, fmt = load_model(config.model, start_processes())
+    device = start_processes()
+    model, fmt = load_model(config.model)
+    model.to(device)
     prompts = encode(records, config.start, fmt, config.prompt_limit)
     engine = make_engine(config, config.model, model, fmt, [prompts])
     engine.sync(model)

@@ -18,7 +18,7 @@ SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_atte
 @pytest.fixture(scope="session")
 def lab():
     """(model, format) of the lab model."""
-    return load_model(LAB_MODEL, torch.device("cpu"))
+    return load_model(LAB_MODEL)
 
 
 @pytest.fixture(params=["qwen3", "llama"])
@@ -33,6 +33,7 @@ def random_model(request, lab):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=False, **SHAPE))
     with torch.no_grad():
         model.get_output_embeddings().weight[[fmt.close[0], fmt.end]] *= 3
+    model.set_attn_implementation("grouped_sdpa")  # as load_model does
     return model.eval()
 
 

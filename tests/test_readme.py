@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import bench
 import eval as evaluation
 import tsallis_rl
 from tsallis_rl import Config, main
@@ -25,6 +26,7 @@ def test_every_metric_has_an_entry_in_the_glossary_and_every_entry_is_a_metric(t
 def test_every_flag_in_the_readme_exists():
     flags = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(Config)}
     flags |= {option for action in evaluation.build_parser()._actions for option in action.option_strings}
+    flags |= {option for action in bench.build_parser()._actions for option in action.option_strings}
     used = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", README)) - {"--nproc-per-node"}
     assert used and used <= flags
 
