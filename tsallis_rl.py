@@ -1271,6 +1271,8 @@ def load_model(name: str) -> tuple[PreTrainedModel, Format]:
         found = "that folder holds no model" if Path(name).exists() else "no such folder, and the Hub did not give it"
         raise RunError(f"--model {name}: {found}; pass --model FOLDER with a Hugging Face checkpoint "
                        f"({str(error).splitlines()[0]})") from error
+    if any(layer.is_sliding for layer in DynamicCache(config=model.config).layers):
+        raise RunError(f"--model {name}: it has sliding-window attention, and a shared prompt must be seen whole")
     return model.eval(), Format.of(tokenizer)  # eval: no dropout, or sampler and trainer would differ
 
 

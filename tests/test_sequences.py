@@ -2,10 +2,10 @@
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from data import Record
-from tsallis_rl import CLOSE, SEAM, Format, Response, Rollout, RunError, encode
+from tsallis_rl import CLOSE, SEAM, Format, Response, Rollout, RunError, encode, load_model
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -85,3 +85,15 @@ def test_a_tokenizer_without_an_end_token_is_refused():
     fmt.tokenizer.eos_token = None
     with pytest.raises(RunError, match="end token"):
         Format.of(fmt.tokenizer)
+
+
+def test_a_model_with_sliding_windows_is_refused(tmp_path, lab):
+    shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    for window in (None, 8):
+        model = MistralForCausalLM(MistralConfig(vocab_size=64, sliding_window=window, **shape))
+        model.save_pretrained(tmp_path)
+        lab[1].tokenizer.save_pretrained(tmp_path)
+        if window is None:
+            load_model(str(tmp_path))
+    with pytest.raises(RunError, match="sliding-window"):
+        load_model(str(tmp_path))
