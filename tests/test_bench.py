@@ -15,3 +15,8 @@ def test_the_benchmark_reports_phases_share_memory_and_the_growth_between_shapes
     assert re.search(r"rollout [\d.]+ s, train [\d.]+ s, sync [\d.]+ s; \d+ tokens/s", done.stdout)
     assert re.search(r"[\d.]+% of the measured float32 matrix rate", done.stdout)
     assert re.search(r"prompt 80 M 4 over prompt 40 M 4: [\d.]+, median", done.stdout)
+
+
+def test_a_variant_that_cannot_start_ends_the_benchmark_with_an_error_not_a_hang(tmp_path):
+    done = subprocess.run([sys.executable, BENCH, "--model", str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "error: the process of hf ended" in done.stderr and "that folder holds no model" in done.stderr
