@@ -26,6 +26,7 @@ M rollouts, which estimates P.
 import argparse
 import ctypes
 import dataclasses
+import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -39,7 +40,7 @@ import sys
 import time
 import typing
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,8 +49,8 @@ for _unused in ("torchvision", "torchaudio", "torchcodec"):
     sys.modules.setdefault(_unused, None)
 os.environ.setdefault("GOMP_SPINCOUNT", "500")  # idle threads that spin for long slow a shared CPU down severalfold
 if hasattr(ctypes.CDLL(None), "mallopt"):  # glibc: keep freed memory; page faults cost a CPU step a tenth of its time
-    ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
-    ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+    ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: a mapping of its own from 32 MiB on, the most it takes
+    ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: of the rest nothing is given back
 
 import torch
 import torch.distributed as dist
@@ -477,6 +478,7 @@ class _RoomyLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
         self.room = [x[indices] for x in self.room]
+        self.keys, self.values = (x[:, :, :self.length] for x in self.room)
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -574,6 +576,8 @@ class VLLMRollouts:
 
     def _sample(self, prompts, seeds, n: int, budget: int, thinking: bool) -> list[list[tuple[list[int], list[float]]]]:
         """(ids, log-probabilities) of n samples per prompt. Whatever could bend the distribution is spelled out."""
+        if not prompts:
+            return []
         single = thinking and len(self.fmt.close) == 1
         stop = dict(stop_token_ids=[self.fmt.end, *(self.fmt.close if single else ())], ignore_eos=True,
                     stop=[CLOSE] if thinking and not single else None, include_stop_str_in_output=True)
@@ -683,7 +687,7 @@ def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, mask: T
         return sdpa_attention_forward(module, query, key, value, mask, **settings)
     mask = mask if mask is None else mask.repeat(1, 1, H // G, 1)
     out = F.scaled_dot_product_attention(query.reshape(R, G, -1, D), key, value, mask, scale=settings["scaling"])
-    return out.view(R, H, T, D).transpose(1, 2).contiguous(), None
+    return out.reshape(R, H, T, D).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("grouped_sdpa", grouped_attention)
@@ -821,7 +825,7 @@ def group_gradient(model: PreTrainedModel, group: Group, config: Config, weight:
     else:
         shared = SharedPrompt(model, group.prompt, config)
         batches = group.micro_batches(range(M), config.token_budget)
-        passes = in_step(model, batches)
+        passes = in_step(model, batches)  # after the prompt's pass, whose casts of the weights carry the graph
         hold = config.method == "garl" and len(passes) == 1
         with torch.set_grad_enabled(hold):
             scored = [score(shared, group, rows) for rows in passes][:len(batches)]
@@ -944,6 +948,8 @@ def train_step(run: Run, step: int) -> dict:
     groups = sample_groups(run, step)
     clock.append(time.perf_counter())
     results, norm = update(run, groups, step)
+    if run.model.device.type == "cuda":
+        torch.cuda.synchronize()  # the optimiser's time belongs to training
     clock.append(time.perf_counter())
     run.engine.sync(run.model)
     clock.append(time.perf_counter())
@@ -1031,9 +1037,11 @@ def save(run: Run, name: str) -> None:
 
     Written in full under another name and then renamed: at every moment name/ or name.old/ is a whole checkpoint.
     """
-    weights = get_model_state_dict(run.model, options=WHOLE)  # by all processes together, for rank 0 to write
-    state = {"step": run.step, "best": run.best, "skipped": run.skipped,
-             "optimizer": get_optimizer_state_dict(run.model, run.optimizer, options=WHOLE)}
+    # by all processes together, for rank 0 to write; before the first step there is no optimiser state, and asking
+    # for it would make some by taking a step
+    weights = get_model_state_dict(run.model, options=WHOLE) if sharded(run.model) else None
+    optimizer = get_optimizer_state_dict(run.model, run.optimizer, options=WHOLE) if run.optimizer.state else {}
+    state = {"step": run.step, "best": run.best, "skipped": run.skipped, "optimizer": optimizer}
     if rank() > 0:
         return
     folder, new, old = (run.out / f"{name}{suffix}" for suffix in ("", ".new", ".old"))
@@ -1063,15 +1071,15 @@ def checkpoint_of(out: Path) -> Path:
 
 def restore(run: Run, folder: Path) -> None:
     """Continue where the checkpoint stands: optimiser, counters, and the logs cut back to its step."""
-    state = torch.load(folder / "trainer.pt", weights_only=True)
-    if state["optimizer"]["state"]:  # SGD has none
+    state = torch.load(folder / "trainer.pt", weights_only=True, mmap=True)
+    if state["optimizer"]:  # SGD has none
         set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"], options=WHOLE)
     run.step, run.best, run.skipped = state["step"], state["best"], state["skipped"]
     for log in (run.out / "metrics.jsonl", run.out / "samples.jsonl"):
         if log.exists() and rank() == 0:
             lines = log.read_text().splitlines(True)
-            whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-            log.write_text("".join(line for line in whole if json.loads(line)["step"] <= run.step))
+            complete = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+            log.write_text("".join(line for line in complete if json.loads(line)["step"] <= run.step))
 
 
 def append(path: Path, rows: list[dict]) -> None:
@@ -1145,7 +1153,8 @@ def start_processes() -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # one hour: the others wait while rank 0 writes a checkpoint; torchrun ends the run when a process dies
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
     return device
 
 

@@ -95,7 +95,7 @@ def ours(connection, args, rollout: str, path: str) -> None:
             run = t.Run(dataclasses.replace(config, M=M, K=M), Path(out), model, fmt, engine, optimizer, prompts[length],
                         prompts[length])
             row = t.train_step(run, step)
-            row["trained_tokens"] = length + M * row["trained_share"] * (args.response + len(fmt.forced(False) + fmt.gold("42")))
+            row["trained_tokens"] = length + M * row["trained_share"] * (row["rationale_tokens"] + len(fmt.forced(False) + fmt.gold("42")))
             row["share"] = 6 * parameters * row["trained_tokens"] / row["seconds_train"] / matrix_rate(dtype, device)
             row["seconds"] = sum(row[f"seconds_{phase}"] for phase in ("rollout", "train", "sync"))
             connection.send(row | {"dtype": config.dtype, "peak_GiB": peak_memory(device)})
@@ -120,6 +120,8 @@ def trl(connection, args, path: str) -> None:
             self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             connection.send({"seconds": time.perf_counter() - self.start, "peak_GiB": peak_memory(device)})
 
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -238,3 +238,10 @@ def test_from_a_cold_start_grpo_has_no_gradient_and_garl_learns(tmp_path):
     metrics = ("val_p@1", "val_p@16", "val_maj@16")
     assert all(grpo[i][m] == 0 for i in (0, -1) for m in metrics) and all(garl[0][m] == 0 for m in metrics)
     assert garl[1]["log_P_mean"] < -8 and garl[-1]["val_p@1"] >= 20
+
+
+def test_saving_leaves_the_optimiser_as_it_is(tmp_path):
+    # asked for the state of an optimiser that has none, torch makes it by a step, and Adam's bias correction is off by one
+    assert main([*SMALL, "--method", "garl", "--steps", "2", "--eval-every", "1", "--out", str(tmp_path / "run")]) == 0
+    state = torch.load(tmp_path / "run" / "last" / "trainer.pt", weights_only=True)["optimizer"]["state"]
+    assert len(state) == 46 and {float(s["step"]) for s in state.values()} == {2.0}
