@@ -29,14 +29,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.files import UserError, parse, read_jsonl, read_text
 from eval import numeric_match
 
 SPLITS = ("train", "validation", "test")
 SEED = "tsallis"  # of every draw below
 
 
-class DataError(ValueError):
-    """Data that cannot be used. The message is one line for the user: file, line or row, and what to do."""
+DataError = UserError  # until every caller says UserError
 
 
 @dataclass(frozen=True)
@@ -51,39 +51,10 @@ class Record:
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Yields (line number, object) of a JSONL file; blank lines are skipped. DataError names file and line."""
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if line.strip():
-            row = _parse(line, f"{path}, line {number}")
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: not a JSON object")
-            yield number, row
-
-
 def _read_rows(path: Path) -> list[dict]:
     """The rows of an official benchmark file: one JSON list, or JSONL."""
-    text = _read_text(path)
-    return _parse(text, str(path)) if text.lstrip().startswith("[") else [row for _, row in read_jsonl(path)]
-
-
-def _read_text(path: str | Path) -> str:
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if not text.strip():
-        raise DataError(f"{path}: the file is empty")
-    return text
-
-
-def _parse(text: str, where: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: malformed JSON ({error})") from None
+    text = read_text(path)
+    return parse(text, str(path)) if text.lstrip().startswith("[") else [row for _, row in read_jsonl(path)]
 
 
 def _text(row: dict, key: str, where: str) -> str:

@@ -1,0 +1,230 @@
+"""Files, folders and lines of output that outlive a kill, a full disk and a second process.
+
+Nothing here knows what a run or a record is. Whatever goes wrong is a UserError that names the file.
+"""
+import errno
+import fcntl
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+
+class UserError(Exception):
+    """A mistake or a condition that the user can mend: printed as one line, exit code 2."""
+
+
+@contextmanager
+def naming(path: str | Path, deed: str = "written"):
+    """What the system refuses to do with a path, as a UserError: "PATH: cannot be written (no space left ...)"."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:  # the last two: a NUL in the path, ~ of an unknown user
+        raise UserError(f"{path}: cannot be {deed} ({getattr(error, 'strerror', None) or error})") from None
+
+
+def user_path(text: str) -> Path:
+    """The path that a user means, ~ expanded, whether it exists or not; UserError for one that cannot be looked at."""
+    with naming(text, "read"):
+        path = Path(text).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    return path
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+def read_text(path: str | Path) -> str:
+    """The text of a file. UserError when it cannot be read, is not UTF-8 or is empty."""
+    with naming(path, "read"):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("not a file")
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty")
+    return text
+
+
+def parse(text: str | bytes, where: str):
+    """The value of a JSON text; UserError, with `where` in front, when it is malformed."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: malformed JSON ({error})") from None
+
+
+def parse_object(text: str | bytes, where: str) -> dict:
+    """`parse` for a text that must be a JSON object."""
+    row = parse(text, where)
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object")
+    return row
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """Yields (line number, object) of a JSONL file; blank lines are skipped. UserError names file and line."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield number, parse_object(line, f"{path}, line {number}")
+
+
+def read_log(path: str | Path) -> list[dict]:
+    """The rows of a log that `append_jsonl` wrote, [] if there is none. What a kill or a loss of power leaves at its
+    end (a line cut off, blanks, NULs) is passed over; UserError for a malformed line before the last one."""
+    with naming(path, "read"):
+        lines = Path(path).read_bytes().split(b"\n")[:-1] if Path(path).exists() else []
+    while lines and not lines[-1].strip(b"\0 \t\r"):
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(parse_object(line, f"{path}, line {number}"))
+        except UserError:
+            if number < len(lines):
+                raise
+    return rows
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+def _finite(value):
+    """value, with None for each number in it that is not finite: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _jsonl(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
+
+
+def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Adds rows to a JSONL file; numbers that are not finite become null."""
+    text = _jsonl(rows)
+    with naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot, for folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Writes a file so that at every moment it has its old text or all of the new one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with naming(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def cut_log(path: str | Path, last_step: int) -> None:
+    """Drops the rows of a log after a step, and what a kill left at its end. UserError for a row without a step."""
+    if not Path(path).exists():
+        return
+    rows = read_log(path)
+    for number, row in enumerate(rows, 1):
+        if type(row.get("step")) is not int:
+            raise UserError(f"{path}, row {number}: it has no step")
+    write_atomic(path, _jsonl(row for row in rows if row["step"] <= last_step))
+
+
+# --- Folders ----------------------------------------------------------------------------------------------------------
+
+def replace_folder(new: str | Path, folder: str | Path) -> None:
+    """Puts the finished folder `new` in the place of `folder`. At every moment, also after a loss of power, `folder`
+    is a whole one; or it does not exist and "FOLDER.old" is."""
+    new, folder = Path(new), Path(folder)
+    old = folder.with_name(folder.name + ".old")
+    with naming(folder):
+        for path in (*new.rglob("*"), new):
+            _sync(path)
+        if folder.exists():  # else `old` may be the one whole folder
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def free_folder(parent: str | Path, name: str) -> Path:
+    """Makes and returns the first of PARENT/NAME, PARENT/NAME-2, ... that did not exist: never the same one twice."""
+    with naming(parent):
+        Path(parent).mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            with suppress(FileExistsError):
+                folder = Path(parent) / (f"{name}-{number}" if number > 1 else name)
+                folder.mkdir()
+                return folder
+
+
+def lock(folder: str | Path) -> TextIO:
+    """Locks a folder for as long as the returned file lives; UserError when another process has it. The lock ends with
+    the process, however that ends. Where the file system knows no locks there is none."""
+    with naming(folder):
+        file = open(Path(folder) / "lock", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            file.close()
+            raise UserError(f"another process is running in {folder}") from None
+    return file
+
+
+# --- Output -----------------------------------------------------------------------------------------------------------
+
+def say(text: str, write: Callable[[str], None] = print) -> None:
+    """Prints a line at once. It never raises: what the terminal cannot show becomes "?", and when stdout is broken (a
+    closed pipe, a full device) the rest goes nowhere."""
+    for line in (text, text.encode("ascii", "replace").decode()):
+        try:
+            write(line)
+            return sys.stdout.flush()
+        except UnicodeError:
+            continue
+        except (OSError, ValueError, AttributeError):  # the last two: it was closed, or there is none
+            break
+    nowhere = open(os.devnull, "w")
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())  # Python flushes what is left in the buffer when it ends
+    sys.stdout = nowhere
+
+
+def exit_code(program: Callable[[], object]) -> int:
+    """Runs a program to its exit code: 0; 2 with one line on stderr for what the user can mend; 130 for Ctrl-C."""
+    try:
+        program()
+        return 0
+    except KeyboardInterrupt:
+        line, code = "interrupted", 130
+    except (UserError, OSError) as error:
+        line, code = f"error: {' '.join(str(error).split())}", 2
+    with suppress(OSError, ValueError, AttributeError):
+        print(line, file=sys.stderr, flush=True)
+    return code
