@@ -199,21 +199,21 @@ def lock(folder: str | Path) -> TextIO:
 
 # --- Output -----------------------------------------------------------------------------------------------------------
 
-def say(text: str, write: Callable[[str], None] = print) -> None:
-    """Prints a line at once. It never raises: what the terminal cannot show becomes "?", and when stdout is broken (a
-    closed pipe, a full device) the rest goes nowhere."""
+def say(text: str, write: Callable[[str], None] = print, stream: str = "stdout") -> None:
+    """Prints a line at once. It never raises: what the terminal cannot show becomes "?", and when the stream that
+    `write` writes to is broken (a closed pipe, a full device) the rest goes nowhere."""
     for line in (text, text.encode("ascii", "replace").decode()):
         try:
             write(line)
-            return sys.stdout.flush()
+            return getattr(sys, stream).flush()
         except UnicodeError:
             continue
         except (OSError, ValueError, AttributeError):  # the last two: it was closed, or there is none
             break
     nowhere = open(os.devnull, "w")
     with suppress(OSError, ValueError, AttributeError):
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())  # Python flushes what is left in the buffer when it ends
-    sys.stdout = nowhere
+        os.dup2(nowhere.fileno(), getattr(sys, stream).fileno())  # for what is left in the buffer when Python ends
+    setattr(sys, stream, nowhere)
 
 
 def exit_code(program: Callable[[], object]) -> int:
@@ -225,6 +225,5 @@ def exit_code(program: Callable[[], object]) -> int:
         line, code = "interrupted", 130
     except (UserError, OSError) as error:
         line, code = f"error: {' '.join(str(error).split())}", 2
-    with suppress(OSError, ValueError, AttributeError):
-        print(line, file=sys.stderr, flush=True)
+    say(line, lambda text: print(text, file=sys.stderr), "stderr")
     return code
