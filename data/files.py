@@ -210,10 +210,7 @@ def say(text: str, write: Callable[[str], None] = print, stream: str = "stdout")
             continue
         except (OSError, ValueError, AttributeError):  # the last two: it was closed, or there is none
             break
-    nowhere = open(os.devnull, "w")
-    with suppress(OSError, ValueError, AttributeError):
-        os.dup2(nowhere.fileno(), getattr(sys, stream).fileno())  # for what is left in the buffer when Python ends
-    setattr(sys, stream, nowhere)
+    setattr(sys, stream, open(os.devnull, "w"))
 
 
 def exit_code(program: Callable[[], object]) -> int:
