@@ -1,38 +1,40 @@
 """Verifiers, metrics, evaluation of a checkpoint, and figures.
 
-    python eval.py --model runs/ledger-warm-paft-q0.75-seed0/best --data ledger --split test
-    python eval.py --model Qwen/Qwen3-0.6B --data finqa --split test --samples 16 --out base.jsonl
+    python eval.py --model RUN/best                         # as the run did, on the test split
+    python eval.py --model Qwen/Qwen3-0.6B --data finqa
     python eval.py --plot runs/* --out curves.png
 
-1 text answers, 2 numbers, 3 scores per dataset, 4 metrics over samples, 5 evaluation, 6 figures, 7 command line.
+1 text, 2 numbers, 3 verdicts per dataset, 4 metrics over samples, 5 evaluation, 6 figures, 7 command line. All in 1 to
+4 is a pure function of untrusted text: nothing is executed, every scan is linear, and no string raises.
 
-Everything in 1 to 4 is a pure function of untrusted text: nothing is executed, every scan is linear in the length of
-the text, and no string raises. tsallis_rl.py imports these; this file imports it only where it generates.
-
-Section 7 of the paper: the training reward is exact match with the gold string; in evaluation an answer is correct iff
-the gold is a substring of it; p@1 is the mean over samples, p@16 any of 16, m@16 a majority vote. The paper gives
-neither its normalisation nor its tie rule: `surface`, `vote_key` and `majority_vote` are ours.
+Section 7 of the paper: the training reward is exact match with the gold; in evaluation an answer is correct iff the
+gold is a substring of it; p@1 is the mean over samples, p@16 any of 16, m@16 a majority vote. Here p@1, p@16 and
+maj@16 count aliases too; the columns that begin with "paper" do not. The paper gives neither its normalisation nor its
+tie rule: `surface`, `vote_key` and `majority_vote` are ours.
 """
-import argparse
-import json
 import math
-import os
 import random
 import re
 import string
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Text answers
-# ---------------------------------------------------------------------------------------------------------------------
+from data import SPLITS, dataset_name, load
+from data.files import (Parser, UserError, add_settings, claim_file, exit_code, jsonl, naming, read_log, say, user_path,
+                        write_atomic)
+
+# --- 1. Text ----------------------------------------------------------------------------------------------------------
+
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = re.compile(r"\b(a|an|the)\b")
+EDGES = "\"'`$*.,;:!?()[]"  # punctuation at the ends of a word, of which it is no part
+LEFT_EDGE = re.compile(rf"^[{re.escape(EDGES)}]*?(?=(?<!\.)\.[0-9]|[^{re.escape(EDGES)}])")
 
 
 def normalize_answer(text: str) -> str:
@@ -58,14 +60,21 @@ def substring_match(prediction: str, gold: str) -> bool:
     """The paper's evaluation: y* is a substring of the output, here up to case and white space.
 
     Lenient by construction: "142" contains "42", "unknown" contains "no", and an output that lists every candidate is
-    correct. A gold that `normalize_answer` empties matches nothing. `score` has stricter metrics beside it.
+    correct. A gold that `normalize_answer` empties matches nothing. `verdicts` has stricter ones.
     """
     return normalize_answer(gold) != "" and surface(gold) in surface(prediction)
 
 
 def bare_words(text: str) -> str:
-    """`surface` without the punctuation at the ends of words; signs and decimal points stay."""
-    return " ".join(filter(None, (word.strip("\"'`$*.,;:!?()[]") for word in surface(text).split())))
+    """`surface` without the punctuation at the ends of words; signs and decimal points (".5", not "...5") stay."""
+    return " ".join(filter(None, (LEFT_EDGE.sub("", word.rstrip(EDGES), 1) for word in surface(text).split())))
+
+
+def words_key(text: str) -> str:
+    """What makes two texts that are not numbers the same: `normalize_answer`; with digits in them `bare_words`, so that
+    "5.2 million" is not "52 million". "" where no word is left."""
+    words = normalize_answer(text)
+    return bare_words(text) if words and re.search("[0-9]", words) else words
 
 
 def alias_match(prediction: str, alias: str) -> bool:
@@ -78,16 +87,22 @@ def correct(prediction: str, gold: str, aliases: Sequence[str] = ()) -> bool:
     return substring_match(prediction, gold) or any(alias_match(prediction, alias) for alias in aliases)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Numbers
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 2. Numbers -------------------------------------------------------------------------------------------------------
+
 # ASCII digits only. Every repetition is over one class that the next part cannot start with: no backtracking.
-NUMBER = re.compile(r"((?<![\w.)%])[-\u2212])?\$? ?((?<![\w.)%])[-\u2212])?"
+NUMBER = re.compile(r"((?<![\w.)%])-)?[$\u20ac\u00a3]? ?((?<![\w.)%])-)?"
                     r"((?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:(?<=[0-9])[eE][-+]?[0-9]{1,3}(?![0-9]))?)")
-UNIT = re.compile(r"\s{0,2}(?:\\?(%)|(percent|per cent|pct)\b|(thousand|million|mn|billion|bn|trillion)s?\b)", re.I)
-POWER = {"thousand": 3, "million": 6, "mn": 6, "billion": 9, "bn": 9, "trillion": 12}
+GROUPED = re.compile(r"[0-9]*|[0-9]{1,3}(,[0-9]{3})+")
+SPACED = re.compile(r"(?<![\w.,])[0-9]{1,3}(?:[ '_\u00a0\u2009\u202f][0-9]{3}(?![0-9]))+")  # 1 000 000
+MINUS = re.compile(r"(?:\b(?:minus|negative) ?|[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d])\(?(?=[$\u20ac\u00a3]?[.0-9])"
+                   r"|\u2212", re.I)
+# Digits behind or before these are a part of something: 1.000.000, 0x42, 1e9999, 2^42, 1/42, 6 * 7; not **42**.
+BEFORE = re.compile(r"([0-9][.,'_\u00b7\uff0ceExX][-+]?|[\w)] ?[\^/\u00f7\u00d7] ?|[0-9)] ?[*+] ?|[0-9]\*\*)[-+($]{0,2}$")
+AFTER = re.compile(r"\.[0-9]| ?[\^/\u00f7\u00d7*+] ?[0-9(]|\*\*[0-9]")
+UNIT = re.compile(r"\s{0,2}(?:(\\?%|(?:percent|per cent|pct)\b)|(k\b)|"
+                  r"((?:thousand|million|mn|billion|bn|trillion)(?=s?\b)|[mbt]\b))", re.I)
+POWER = {"thousand": 3, "million": 6, "mn": 6, "m": 6, "billion": 9, "bn": 9, "b": 9, "trillion": 12, "t": 12}
 MAX_DIGITS = 28  # of a number, also the precision of Decimal: a longer run of digits is no answer
-GROUPED = re.compile(r"[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
 
 
 class Number(NamedTuple):
@@ -98,30 +113,42 @@ class Number(NamedTuple):
     power: int  # of ten, from the unit; 0 if there is none
 
 
-def parse_number(text: str, last: bool = True) -> Number | None:
-    """The last (or first) number of a text, with its sign and unit; None if there is none.
+def plain_number(text: str) -> str:
+    """The text with a "-" for every dash that touches a number and for "minus 5", and without spaces in "1 000"."""
+    return SPACED.sub(lambda match: re.sub("[^0-9]", "", match[0]), MINUS.sub("-", text.strip()))
 
-    Reads $, thousands commas, a minus, and %, percent, thousand, million, billion or trillion after the digits.
-    Parentheses mean a negative number only where they enclose the whole text, as in accounts.
+
+def _is_part(before: str, digits: str, after: str) -> bool:
+    """Whether digits are only a part of a number ("1,42") or of an expression ("2^42")."""
+    return bool(BEFORE.search(before) or AFTER.match(after) or not GROUPED.fullmatch(digits.partition(".")[0])
+                or before[-1:].isnumeric() or after[:1].isnumeric())
+
+
+def parse_number(text: str, last: bool = True) -> Number | None:
+    """The last (or first) number of a text, with its sign and unit; None if there is none, or only a part of one.
+
+    Reads $, thousands commas or spaces, a minus, and %, percent, thousand, million, billion or trillion after the
+    digits; a "k" is part of the number: "42k" is 42000. Parentheses mean a negative number only where they enclose the
+    whole text, as in accounts.
     """
-    text = text.strip()
+    text = plain_number(text)
     bracketed = text.startswith("(") and text.rstrip(" %.").endswith(")")
-    match = None
-    for match in NUMBER.finditer(text):
-        if not last:
-            break
-    if match is None or len(match.group(3)) > MAX_DIGITS:
+    matches = list(NUMBER.finditer(text))
+    if not matches:
         return None
-    digits = match.group(3).rstrip(",")
-    digits = digits.replace(",", "") if GROUPED.fullmatch(digits) else digits.rpartition(",")[2]
-    mantissa, _, exponent = digits.lower().partition("e")
-    unit = UNIT.match(text, match.end())
-    power = POWER[unit.group(3).lower()] if unit and unit.group(3) else 0
-    percent = bool(unit and not unit.group(3)) or (bracketed and text.endswith("%"))
-    alone = bracketed and match.start() == 1 and len(NUMBER.findall(text)) == 1
-    value = Decimal(mantissa).scaleb(int(exponent or 0))
-    negative = bool(match.group(1) or match.group(2)) or alone
-    return Number(-value if negative else value, max(0, -value.as_tuple().exponent), percent, power)
+    match = matches[-1 if last else 0]
+    start, end = match.span(3)
+    digits, _, exponent = match.group(3).rstrip(",").lower().partition("e")
+    if end - start > MAX_DIGITS or _is_part(text[max(0, start - 6):start], digits, text[end:end + 6]):
+        return None
+    unit = UNIT.match(text, end)
+    percent, thousand, word = unit.groups() if unit else (None, None, None)
+    value = Decimal(digits.replace(",", "")).scaleb(int(exponent or 0) + (3 if thousand else 0))
+    alone = bracketed and match.start() == 1 and len(matches) == 1
+    if match.group(1) or match.group(2) or alone:
+        value = -value
+    percent = bool(percent) or (bracketed and text.endswith("%"))
+    return Number(value, max(0, -value.as_tuple().exponent), percent, POWER[word.lower()] if word else 0)
 
 
 def _rounds_to(value: Decimal, gold: Number) -> bool:
@@ -151,7 +178,7 @@ def numeric_match(prediction: str, gold: str) -> bool:
 
     Allows: percent against fraction, more decimals than the gold (rounded to the gold's), $, commas, (negatives), a
     unit (million, ...) that one side leaves out. A wrong sign, a power of ten or a missing decimal is wrong. yes/no:
-    the prediction has one of the two words and not the other. Golds that are neither: equal after `normalize_answer`.
+    the prediction has one of the two words and not the other. Golds that are neither: equal by `words_key`.
     Every gold that is not empty matches itself.
     """
     if surface(gold) in ("yes", "no"):
@@ -160,13 +187,12 @@ def numeric_match(prediction: str, gold: str) -> bool:
         return True
     wanted, found = parse_number(gold, last=False), parse_number(prediction)
     if wanted is None:
-        return normalize_answer(gold) != "" and normalize_answer(prediction) == normalize_answer(gold)
+        return words_key(gold) != "" and words_key(prediction) == words_key(gold)
     return found is not None and _same_number(found, wanted)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Scores per dataset
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 3. Verdicts per dataset ------------------------------------------------------------------------------------------
+
 def _overlap_f1(prediction: Sequence[str], gold: Sequence[str]) -> float:
     """Harmonic mean of precision and recall over bags of tokens."""
     same = sum((Counter(prediction) & Counter(gold)).values())
@@ -187,28 +213,34 @@ def musique_f1(prediction: str, gold: str) -> float:
     return _overlap_f1(prediction, gold) if prediction and gold else float(prediction == gold)
 
 
-def score(dataset: str, prediction: str, gold: str, aliases: Sequence[str] = ()) -> dict[str, float]:
-    """All verdicts on one answer, each in [0, 1]; the best over the gold and its aliases.
+def verdicts(dataset: str, prediction: str, gold: str, aliases: Sequence[str] = ()) -> dict[str, float]:
+    """All verdicts on one answer, each in [0, 1].
 
-    exact, substring: the paper's reward and evaluation. HotpotQA and MuSiQue add em and f1 as their official evaluators
-    compute them (HotpotQA's knows no aliases). FinQA and ledger add numeric; FinQA's official evaluator runs programs
-    and cannot grade text.
+    correct: by gold or alias. By the gold alone: paper, the paper's evaluation, and exact, the training reward. em, f1:
+    as the official evaluators of HotpotQA (gold alone) and MuSiQue (the best over gold and aliases) compute them.
+    numeric, for FinQA and ledger: `numeric_match` with gold or alias; FinQA's official evaluator cannot grade text.
     """
     golds = (gold, *aliases)
-    verdicts = {"exact": max(exact_match(prediction, y) for y in golds),
-                "substring": correct(prediction, gold, aliases)}
+    results = {"correct": correct(prediction, gold, aliases), "paper": substring_match(prediction, gold),
+               "exact": exact_match(prediction, gold)}
     if dataset in ("finqa", "ledger"):
-        verdicts["numeric"] = max(numeric_match(prediction, y) for y in golds)
+        results["numeric"] = any(numeric_match(prediction, y) for y in golds)
     elif dataset in ("hotpotqa", "musique"):
         f1, official = (hotpotqa_f1, (gold,)) if dataset == "hotpotqa" else (musique_f1, golds)
-        verdicts["em"] = max(normalize_answer(prediction) == normalize_answer(y) for y in official)
-        verdicts["f1"] = max(f1(prediction, y) for y in official)
-    return {name: float(verdict) for name, verdict in verdicts.items()}
+        results["em"] = any(normalize_answer(prediction) == normalize_answer(y) for y in official)
+        results["f1"] = max(f1(prediction, y) for y in official)
+    return {name: float(verdict) for name, verdict in results.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Metrics over samples
-# ---------------------------------------------------------------------------------------------------------------------
+def aliases_of(record) -> tuple[str, ...]:
+    """What counts beside the gold: the aliases, and FinQA's computed value where it is the gold in another form."""
+    if record.answer not in record.value and numeric_match(record.value, record.answer):
+        return (*record.aliases, record.value)
+    return record.aliases
+
+
+# --- 4. Metrics over samples ------------------------------------------------------------------------------------------
+
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased estimate of the chance that one of k samples is correct, from c correct ones of n (Chen et al. 2021):
     1 - C(n-c, k) / C(n, k). ValueError unless 0 <= c <= n and 1 <= k <= n."""
@@ -219,14 +251,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def vote_key(answer: str) -> str:
     """What counts as the same answer in a vote: a number by its value ("$1,200.0" and "1200" agree; "14%", "14" and
-    "-14%" do not), other text with digits by `bare_words` ("5.2 million" is not "52 million"), words by
-    `normalize_answer`. "" where nothing is left: no answer."""
-    bare = surface(answer).rstrip(".")
+    "-14%" do not), other text by `words_key`. "" where nothing is left: no answer."""
+    bare = plain_number(surface(answer).rstrip("."))
     alone = len(bare) <= 2 * MAX_DIGITS and NUMBER.fullmatch(bare.rstrip("%)( ").removeprefix("("))
     number = parse_number(bare) if alone else None
     if number is None:
-        words = normalize_answer(answer)
-        return bare_words(answer) if words and re.search("[0-9]", words) else words
+        return words_key(answer)
     return f"{(number.value + 0).normalize():f}{'%' if number.percent else ''}"
 
 
@@ -244,23 +274,24 @@ def majority_vote(answers: Sequence[str]) -> str:
     return Counter(answer.strip() for answer, key in zip(answers, keys) if key == winner).most_common(1)[0][0]
 
 
-def per_prompt(answers: Sequence[Sequence[str]], records: Sequence) -> dict[str, list[float]]:
-    """p@1, p@n and maj@n of every prompt, in [0, 1]; n samples for each. ValueError if the lengths disagree."""
-    sizes = {len(samples) for samples in answers}
+def per_prompt(answers: Sequence[Sequence[str] | None], records: Sequence) -> dict[str, list[float]]:
+    """p@1, p@n and maj@n of every prompt, in [0, 1], from n samples for each. None: the prompt was too long, and counts
+    as wrong. ValueError if the lengths disagree."""
+    sizes = {len(samples) for samples in answers if samples is not None}
     if len(answers) != len(records) or len(sizes) != 1 or 0 in sizes:
         raise ValueError("answers must hold the same number (at least one) of samples for each record")
     n = sizes.pop()
-    hits = [sum(correct(answer, record.answer, record.aliases) for answer in samples)
-            for samples, record in zip(answers, records)]
-    votes = [float(correct(majority_vote(samples), record.answer, record.aliases))
-             for samples, record in zip(answers, records)]
+    hits, votes = [], []
+    for samples, record in zip(answers, records):
+        gold, aliases = record.answer, aliases_of(record)
+        hits.append(sum(correct(answer, gold, aliases) for answer in samples or ()))
+        votes.append(float(correct(majority_vote(samples or ()), gold, aliases)))
     return {"p@1": [pass_at_k(n, c, 1) for c in hits], f"p@{n}": [pass_at_k(n, c, n) for c in hits], f"maj@{n}": votes}
 
 
-def summarize(answers: Sequence[Sequence[str]], records: Sequence) -> dict[str, float]:
-    """The paper's three metrics in percent: p@1, p@n, maj@n for n samples of each record."""
-    metrics = per_prompt(answers, records)
-    return {name: 100 * fmean(values) for name, values in metrics.items()}
+def summarize(answers: Sequence[Sequence[str] | None], records: Sequence) -> dict[str, float]:
+    """The means of `per_prompt` in percent."""
+    return {name: 100 * fmean(values) for name, values in per_prompt(answers, records).items()}
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
@@ -270,89 +301,105 @@ def bootstrap_interval(values: Sequence[float], resamples: int = 1000, seed: int
     return means[round(0.025 * (resamples - 1))], means[round(0.975 * (resamples - 1))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Evaluation of a checkpoint
-# ---------------------------------------------------------------------------------------------------------------------
-def generate_answers(args: argparse.Namespace, records: list) -> tuple[list, list[list[str]]]:
-    """Samples args.samples answers for every record: (the records whose prompt fits, their answers as text)."""
+# --- 5. Evaluation of a checkpoint ------------------------------------------------------------------------------------
+
+FROM_RUN = ("data", "start", "prompt_limit", "think_budget", "answer_budget", "rollout", "eval_samples", "dtype",
+            "seed")  # fields of tsallis_rl.Config
+RULES = """  p@1, p@n, maj@n: a sample, any sample, the vote contains the gold, or an alias as whole words
+  paper: contains the gold, the paper's rule; exact: is the gold; others: see `verdicts` in eval.py"""
+
+
+def settings_of(given: dict, split: str):
+    """The evaluation's Config. What was not given is as the run had it whose checkpoint this is (RUN/best, RUN/last);
+    on the validation split so is the number of prompts."""
     import tsallis_rl
-    from data import DataError
-    same = ("model", "data", "start", "limit", "prompt_limit", "think_budget", "answer_budget", "rollout", "gpu_share",
-            "dtype", "token_budget", "seed")
-    try:
-        config = tsallis_rl.resolve(tsallis_rl.Config(**{name: getattr(args, name) for name in same}))
-        return tsallis_rl.answer(config, records, args.samples)
-    except tsallis_rl.RunError as error:
-        raise DataError(str(error)) from None
-    except tsallis_rl.torch.OutOfMemoryError:
-        raise DataError("out of memory: lower --token-budget or --gpu-share") from None
+    folder = user_path(given["model"]).parent
+    saved = tsallis_rl.run_settings(folder) or {}
+    names = FROM_RUN + ("limit", "eval_limit") * (split == "validation")
+    taken = {name: saved[name] for name in names if name in saved and name not in given}
+    if taken:
+        say(f"as in {folder / 'config.json'}: " + ", ".join(f"{name} {value}" for name, value in taken.items()))
+    config = tsallis_rl.resolve(tsallis_rl.Config(**taken, **given))
+    if split == "validation" and "limit" not in given:
+        limits = {config.limit, config.eval_limit} - {None}
+        config = replace(config, limit=min(limits, default=None))
+    return config
 
 
-def grade(dataset: str, record, samples: Sequence[str]) -> dict:
-    """One line of the per-example JSONL: the samples, the vote and every verdict on them."""
-    vote = majority_vote(samples)
-    return {"id": record.id, "gold": record.answer, "aliases": list(record.aliases),
-            "answers": list(samples), "vote": vote,
-            "verdicts": [score(dataset, answer, record.answer, record.aliases) for answer in samples],
-            "vote_verdicts": score(dataset, vote, record.answer, record.aliases)}
+def grade(dataset: str, record, samples: Sequence[str] | None) -> dict:
+    """One line of the per-example JSONL: the samples (null: the prompt was too long), the vote and all verdicts."""
+    vote, aliases = majority_vote(samples or ()), aliases_of(record)
+    results = [verdicts(dataset, answer, record.answer, aliases) for answer in samples or ("",)]
+    return {"id": record.id, "gold": record.answer, "aliases": aliases, "answers": samples, "vote": vote,
+            "verdicts": results, "vote_verdicts": verdicts(dataset, vote, record.answer, aliases)}
 
 
-def tabulate(answers: list[list[str]], records: list, lines: list[dict]) -> dict[str, tuple[float, float, float]]:
-    """{metric: (value, low, high)} in percent. Beside the paper's three metrics, every other verdict of `score` as the
-    mean over samples ("em") and of the vote ("em, vote")."""
+def tabulate(answers: list, records: list, lines: list[dict]) -> dict[str, tuple[float, float, float]]:
+    """{metric: (value, low, high)} in percent: p@1, p@n and maj@n by gold or alias and by the paper's rule, then every
+    other verdict as the mean over samples ("em") and of the vote ("em, vote")."""
     columns = per_prompt(answers, records)
-    for name in lines[0]["vote_verdicts"]:
-        if name != "substring":  # that is p@1 and maj@n
-            columns[name] = [fmean(verdict[name] for verdict in line["verdicts"]) for line in lines]
-            columns[f"{name}, vote"] = [line["vote_verdicts"][name] for line in lines]
+    paper = [f"paper {name}" for name in columns]
+    for name in list(lines[0]["vote_verdicts"])[1:]:  # the first, "correct", is done
+        samples = [[results[name] for results in line["verdicts"]] for line in lines]
+        votes = [line["vote_verdicts"][name] for line in lines]
+        if name == "paper":
+            columns |= zip(paper, (list(map(fmean, samples)), list(map(max, samples)), votes))
+        else:
+            columns |= {name: list(map(fmean, samples)), f"{name}, vote": votes}
     return {name: tuple(100 * x for x in (fmean(column), *bootstrap_interval(column)))
             for name, column in columns.items()}
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Loads, samples, grades; writes the per-example JSONL and prints the table and its Markdown row."""
-    import data
-    dataset = data.dataset_name(args.data)
-    records = data.load(args.data, args.split, args.limit)
-    out = Path(args.out or f"eval-{dataset}-{args.split}.jsonl")
-    if out.is_dir() or not os.access(out.parent, os.W_OK):  # now rather than after the sampling
-        raise data.DataError(f"--out {out} cannot be written")
-    records, answers = generate_answers(args, records)
-    lines = [grade(dataset, record, samples) for record, samples in zip(records, answers)]
-    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def evaluate(given: dict, split: str = "test", out: str | None = None, overwrite: bool = False) -> None:
+    """Loads, samples, grades; prints the table and its Markdown row, then writes the per-example JSONL."""
+    import tsallis_rl
+    config = settings_of(given, split)
+    records = load(config.data, split, config.limit)
+    name = "-".join(("eval", *Path(config.model).parts[-2:], Path(config.data).name, split, config.start))
+    path = user_path(out or re.sub(r"[^\w.-]", "_", name)[:200] + ".jsonl")
+    claim_file(path, overwrite)  # now rather than after the sampling
+    answers = tsallis_rl.answer(config, records)
+    lines = [grade(dataset_name(config.data), *pair) for pair in zip(records, answers)]
+    fitting = sum(samples is not None for samples in answers)
+    if fitting < len(records):
+        say(f"{fitting} of {len(records)} prompts fit --prompt-limit {config.prompt_limit}; the others count as wrong")
+    say(f"{config.model} on {config.data}, {split}: {len(records)} prompts, {config.eval_samples} samples, "
+        f"{config.start} start, seed {config.seed}; percent, 95% bootstrap intervals over prompts\n{RULES}")
     table = tabulate(answers, records, lines)
-    print(f"{args.model} on {args.data}, {args.split}: {len(records)} prompts, {args.samples} samples, {args.start} "
-          f"start, seed {args.seed}; percent, 95% bootstrap intervals over prompts; answers in {out}")
     for name, (value, low, high) in table.items():
-        print(f"  {name:14s} {value:5.1f}  [{low:.1f}, {high:.1f}]")
+        say(f"  {name:14s} {value:5.1f}  [{low:.1f}, {high:.1f}]")
     cells = [f"{value:.1f} [{low:.1f}, {high:.1f}]" for value, low, high in table.values()]
-    print("\n| model | data | prompts | " + " | ".join(table) + " |")
-    print("|---" * (len(table) + 3) + "|")
-    print(f"| {args.model} | {args.data} {args.split} {args.start} | {len(records)} | " + " | ".join(cells) + " |")
+    say("\n| model | data | prompts | " + " | ".join(table) + " |\n" + "|---" * (len(table) + 3) + "|")
+    say(f"| {config.model} | {config.data} {split} {config.start} | {len(records)} | " + " | ".join(cells) + " |")
+    write_atomic(path, jsonl(lines))
+    say(f"answers in {path}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Figures
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 6. Figures -------------------------------------------------------------------------------------------------------
+
 PANELS = {"val_maj@": "validation maj@n (%)", "log_P_mean": "mean log P",
           "effective_reward_max": "largest (w_m / wbar^q) / M^q", "amplified_advantage_max": "largest c_m / M^q"}
+LARGEST = 1e30  # that an axis can show
 
 
-def read_curves(run: str) -> dict[str, list[tuple[float, float]]]:
-    """{panel: [(step, value), ...]} from RUN/metrics.jsonl; missing and non-finite values are left out."""
-    import data
+def read_curves(run: str) -> dict[str, list[tuple[int, float]]]:
+    """{panel: [(step, value), ...]} from RUN/metrics.jsonl; what is no number that a figure can show is left out."""
     curves = {panel: [] for panel in PANELS}
-    for _, row in data.read_jsonl(Path(run) / "metrics.jsonl"):
+    for row in read_log(user_path(run) / "metrics.jsonl"):
         for key, value in row.items():
             panel = next((panel for panel in PANELS if key.startswith(panel)), None)
-            if panel and isinstance(value, (int, float)) and math.isfinite(value) and "step" in row:
+            if panel and all(type(x) in (int, float) and abs(x) < LARGEST for x in (value, row.get("step"))):
                 curves[panel].append((row["step"], value))
     return curves
 
 
 def plot(runs: list[str], out: str) -> None:
     """Learning curves (top) and the quantities of Figure 3 (bottom), one line per run, as PNG."""
+    if not out.lower().endswith(".png"):
+        raise UserError(f"--out {out}: with --plot it must end in .png")
     curves = {run: read_curves(run) for run in runs}
+    if not any(any(curve.values()) for curve in curves.values()):
+        raise UserError(f"{' '.join(runs)}: no metrics.jsonl with a step is there")
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -360,68 +407,40 @@ def plot(runs: list[str], out: str) -> None:
     for axis, (panel, label) in zip(axes.flat, PANELS.items()):
         for run, curve in curves.items():
             steps, values = zip(*curve[panel]) if curve[panel] else ((), ())
-            axis.plot(steps, values, label=Path(run).name, marker="." if len(steps) < 30 else None)
+            name = Path(run).resolve().name.replace("$", r"\$").lstrip("_")  # else a formula begins, or no label
+            axis.plot(steps, values, label=name, marker="." if len(steps) < 30 else None)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
-    figure.savefig(out, dpi=150, format="png")
-    pyplot.close(figure)
-    print(f"wrote {out}")
+    with naming(out):
+        figure.savefig(user_path(out), dpi=150, format="png")
+    say(f"wrote {out}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Command line
-# ---------------------------------------------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and exit code 2."""
+# --- 7. Command line --------------------------------------------------------------------------------------------------
 
-    def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
-    parser = Parser(description="Evaluate a checkpoint, or plot runs.")
+def run(argv: Sequence[str] | None = None) -> None:
+    """Evaluates or plots, as the command line says."""
+    import tsallis_rl
+    parser = Parser(prog="eval.py", description="Evaluate a checkpoint, or plot runs.")
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--model", help="checkpoint folder or Hub id")
-    mode.add_argument("--plot", nargs="+", metavar="RUN", help="draw these run folders instead")
-    parser.add_argument("--data", default="ledger", help="ledger, finqa, hotpotqa, musique, NAME:PATH or a JSONL path")
-    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="which part of it")
-    parser.add_argument("--samples", type=positive, default=16, help="answers sampled per prompt")
-    parser.add_argument("--start", default="warm", choices=("warm", "cold"), help="which of the two prompts")
-    parser.add_argument("--limit", type=positive, help="at most this many prompts")
-    parser.add_argument("--think-budget", type=positive, help="tokens of rationale; the default is the dataset's")
-    parser.add_argument("--answer-budget", type=positive, help="tokens of answer; the default is the dataset's")
-    parser.add_argument("--rollout", default="auto", choices=("auto", "vllm", "hf"), help="sampling engine")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights")
-    parser.add_argument("--prompt-limit", type=positive, default=4096, help="longer prompts are dropped")
-    parser.add_argument("--token-budget", type=positive, default=32768, help="as in tsallis_rl.py")
-    parser.add_argument("--gpu-share", type=float, default=0.4, help="as in tsallis_rl.py")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--out", help="per-example JSONL, or the PNG of --plot")
-    return parser
+    mode.add_argument("--plot", nargs="+", metavar="RUN", help="Draw these run folders instead.")
+    add_settings(mode, tsallis_rl.Config, ["model"])
+    add_settings(parser, tsallis_rl.Config, (*FROM_RUN, "limit", "gpu_share", "token_budget"))
+    parser.add_argument("--split", choices=SPLITS, help="Which part of the data. Default: test.")
+    parser.add_argument("--out", help="The per-example JSONL, or the PNG of --plot. Default: a name by model and data.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the JSONL if it exists.")
+    given = vars(parser.parse_args(argv))
+    own = {name: given.pop(name) for name in ("plot", "split", "out", "overwrite") if name in given}
+    if "plot" in own:
+        plot(own["plot"], own.get("out", "curves.png"))
+    else:
+        evaluate(given, **own)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; 2 with one line on stderr for bad input."""
-    args = build_parser().parse_args(argv)
-    from data import DataError
-    try:
-        if args.plot:
-            plot(args.plot, args.out or "curves.png")
-        else:
-            evaluate(args)
-    except (DataError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 2, with one line on stderr, for what the user can mend."""
+    return exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":

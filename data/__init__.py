@@ -25,28 +25,30 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import string
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import category
 
-from data.files import UserError, parse, read_jsonl, read_text
-from eval import numeric_match
+from data.files import UserError, naming, parse, read_jsonl, read_text
 
+PUNCTUATION = str.maketrans("", "", string.punctuation)
 SPLITS = ("train", "validation", "test")
 SEED = "tsallis"  # of every draw below
-
-
-DataError = UserError  # until every caller says UserError
+CLOSE = "</think>"  # ends a rationale; an answer that held it could not be told from one
 
 
 @dataclass(frozen=True)
 class Record:
-    """One question. `answer` is y*, the only text that w scores; `aliases` count in evaluation only."""
+    """One question. `answer` is y*, the only text that w scores; `aliases` count in evaluation only, and so does
+    `value` (FinQA's exe_ans) where eval.py finds that it is the answer in another form."""
     id: str
     warm_prompt: str
     cold_prompt: str
     answer: str
     aliases: tuple[str, ...] = ()
+    value: str = ""
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -57,31 +59,42 @@ def _read_rows(path: Path) -> list[dict]:
     return parse(text, str(path)) if text.lstrip().startswith("[") else [row for _, row in read_jsonl(path)]
 
 
-def _text(row: dict, key: str, where: str) -> str:
-    """row[key] as text that a tokenizer accepts, or DataError."""
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} is missing or not a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: {key!r} is not valid Unicode (a lone surrogate)") from None
+def usable(answer: str) -> bool:
+    """Whether a text can be a gold answer: it has a letter, a digit or a symbol, and no </think>."""
+    return CLOSE not in answer and any(category(character)[0] in "LNS" for character in answer.translate(PUNCTUATION))
+
+
+def checked(record: Record, where: str) -> Record:
+    """The record; UserError for a field that no tokenizer accepts, and for an answer that is not `usable`."""
+    for name, value in vars(record).items():
+        for text in value if name == "aliases" else [value]:
+            if not isinstance(text, str):
+                raise UserError(f"{where}: {name!r} {'is missing' if text is None else 'must be a string'}")
+            if re.search("[\ud800-\udfff]", text):
+                raise UserError(f"{where}: {name!r} is not valid Unicode (a lone surrogate)")
+    if not usable(record.answer):
+        raise UserError(f"{where}: the record has no answer: one has a letter or a digit, and no {CLOSE} in it")
+    return record
+
+
+def texts(value, kind: type = str) -> list:
+    """value, a list of strings (or of `kind`); TypeError for anything else: a string would be taken for its letters."""
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise TypeError(f"{value!r:.40} is not a list of {kind.__name__}")
     return value
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Records of a JSONL file, in file order. DataError on anything malformed and on a record without an answer."""
+    """Records of a JSONL file, in file order. UserError on anything malformed and on a record without an answer."""
     return [_record(row, f"{path}, line {number}") for number, row in read_jsonl(path)]
 
 
 def _record(row: dict, where: str) -> Record:
-    if not isinstance(row.get("answer"), str) or not row["answer"].strip():
-        raise DataError(f"{where}: the record has no answer")
-    aliases = row.get("aliases") or []
-    if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
-        raise DataError(f"{where}: 'aliases' must be a list of strings")
-    fields = [_text(row, key, where) for key in ("id", "warm_prompt", "cold_prompt", "answer")]
-    return Record(*fields, aliases=tuple(aliases))
+    try:
+        aliases = tuple(texts(row.get("aliases") or []))
+    except TypeError:
+        raise UserError(f"{where}: 'aliases' must be a list of strings") from None
+    return checked(Record(*map(row.get, ("id", "warm_prompt", "cold_prompt", "answer")), aliases=aliases), where)
 
 
 # --- Draws ------------------------------------------------------------------------------------------------------------
@@ -150,65 +163,63 @@ def finqa_form(gold: str) -> str:
             "thousands separators, no other unit), and nothing else.")
 
 
-def finqa_record(row: dict, where: str) -> Record:
+def finqa_record(row: dict) -> Record:
     """A row of FinQA's official JSON (question and answers under `qa`) or of its flattened copy on the Hub.
 
-    Prompt: pre_text, the table with one row per line and cells joined by " | ", post_text. `exe_ans` becomes an alias
-    where it is the same value in another form (0.14464 for 14%).
+    Prompt: pre_text, the table with one row per line and cells joined by " | ", post_text. `exe_ans` is the answer's
+    value as the annotated program computes it (0.14464 for 14%).
     """
     qa = row.get("qa", row)
-    gold = clean_finqa_gold(_text(qa, "answer", where))
-    table = "\n".join(" | ".join(map(str, cells)) for cells in row["table"])
-    context = "\n".join([" ".join(row["pre_text"]), table, " ".join(row["post_text"])])
-    value = str(qa.get("exe_ans", "")).strip()
-    aliases = (value,) if gold not in value and numeric_match(value, gold) else ()
+    gold = clean_finqa_gold(qa["answer"])
+    table = "\n".join(" | ".join(map(str, cells)) for cells in texts(row["table"], list))
+    context = "\n".join([" ".join(texts(row["pre_text"])), table, " ".join(texts(row["post_text"]))])
     return _prompts(row["id"], "Below are the text and the table of one page of a company's financial report. Answer "
                     "the question about it; work out the numbers step by step before you answer.",
-                    context, qa["question"], finqa_form(gold), gold, aliases)
+                    context, qa["question"], finqa_form(gold), gold, value=str(qa.get("exe_ans", "")).strip())
 
 
 def finqa_group(row: dict) -> str | None:
-    """The page: its questions share a context. None without a gold answer, as in the paper's row counts."""
-    return row["filename"] if clean_finqa_gold(row.get("qa", row).get("answer") or "") else None
+    """The page: its questions share a context. None without a usable gold answer, as in the paper's row counts."""
+    return row["filename"] if usable(clean_finqa_gold(row.get("qa", row).get("answer") or "")) else None
 
 
 # --- HotpotQA and MuSiQue ---------------------------------------------------------------------------------------------
 
-def _prompts(id_: str, task: str, context: str, question: str, form: str, gold: str, aliases: tuple) -> Record:
+def _prompts(id_: str, task: str, context: str, question: str, form: str, gold: str, **more) -> Record:
     cold = f"{context}\n\nQuestion: {question.strip()}"
-    return Record(id_, f"{task}\n\n{cold}\n\n{form}", cold, gold, aliases)
+    return Record(id_, f"{task}\n\n{cold}\n\n{form}", cold, gold, **more)
 
 
 def _multi_hop(id_: str, paragraphs: list[tuple[str, str]], question: str, gold: str, aliases: list[str]) -> Record:
     """Titled paragraphs, most of which are distractors, and a question whose answer needs several of them."""
     form = ("Answer with yes or no, and nothing else." if gold in ("yes", "no") else
             "Answer with a short span (a name, a date, a number or a few words), and nothing else.")
-    context = "\n\n".join(f"{title}\n{text}" for title, text in paragraphs)
+    context = "\n\n".join("\n".join(texts([title, text])) for title, text in paragraphs)
     task = ("Below are titled paragraphs. Answer the question from them; it takes facts from more than one, so combine "
             "them step by step before you answer.")
-    return _prompts(id_, task, context, question, form, gold, tuple(a for a in aliases if a.strip() and a != gold))
+    aliases = tuple(alias for alias in aliases if alias.strip() and alias != gold)
+    return _prompts(id_, task, context, question, form, gold, aliases=aliases)
 
 
-def hotpotqa_record(row: dict, where: str) -> Record:
+def hotpotqa_record(row: dict) -> Record:
     """A row of HotpotQA's official JSON (context: [[title, [sentence, ...]], ...]) or of its copy on the Hub
     (context: {title: [...], sentences: [[...], ...]}). The gold answer is only stripped."""
     context = row["context"]
-    pairs = zip(context["title"], context["sentences"]) if isinstance(context, dict) else context
-    paragraphs = [(title, " ".join(sentence.strip() for sentence in sentences)) for title, sentences in pairs]
-    return _multi_hop(multi_hop_group(row), paragraphs, row["question"], _text(row, "answer", where).strip(), [])
+    pairs = zip(context["title"], context["sentences"], strict=True) if isinstance(context, dict) else context
+    paragraphs = [(title, " ".join(map(str.strip, texts(sentences)))) for title, sentences in pairs]
+    return _multi_hop(multi_hop_group(row), paragraphs, row["question"], row["answer"].strip(), [])
 
 
-def musique_record(row: dict, where: str) -> Record:
+def musique_record(row: dict) -> Record:
     """A row of MuSiQue-Ans, official JSONL and Hub alike. The gold answer is only stripped."""
     paragraphs = [(paragraph["title"], paragraph["paragraph_text"]) for paragraph in row["paragraphs"]]
-    aliases = row.get("answer_aliases") or []
-    return _multi_hop(row["id"], paragraphs, row["question"], _text(row, "answer", where).strip(), aliases)
+    aliases = texts(row.get("answer_aliases") or [])
+    return _multi_hop(row["id"], paragraphs, row["question"], row["answer"].strip(), aliases)
 
 
 def multi_hop_group(row: dict) -> str | None:
-    """The id. None without a gold answer, and where MuSiQue-Full says that the question has none."""
-    usable = row.get("answerable", True) and str(row.get("answer") or "").strip()
-    return row.get("_id") or row["id"] if usable else None
+    """The id. None without a usable gold answer, and where MuSiQue-Full says that the question has none."""
+    return row.get("_id") or row["id"] if row.get("answerable", True) and usable(row.get("answer") or "") else None
 
 
 # --- Benchmarks: the Hub, official files, the paper's subsets ---------------------------------------------------------
@@ -220,12 +231,12 @@ class Benchmark:
     config: str | None
     revision: str
     hub_splits: tuple[str, str, str]    # the Hub's split that holds our train, validation and test
-    prefix: str                         # of local file names
-    official: str                       # the official files, in words
+    files: tuple[str, str, str]         # the official file that holds our train, validation and test
+    home: str                           # where they are
     sizes: tuple[int, int, int]         # rows of train, validation and test in the paper
     group: Callable[[dict], str | None]
     group_columns: tuple[str, ...]      # the Hub's columns that `group` reads
-    record: Callable[[dict, str], Record]
+    record: Callable[[dict], Record]
 
     @property
     def public_test(self) -> bool:
@@ -236,57 +247,45 @@ class Benchmark:
 BENCHMARKS = {
     "finqa": Benchmark(  # the owner was renamed bevaya since; the Hub forwards the name, the commit is the same
         "rootsautomation/FinQA", None, "3d6a736bc67e06bc15fbf3618d88204a57c5b25e", ("train", "validation", "test"),
-        "finqa", "train.json, dev.json and test.json of czyssrs/FinQA on GitHub",
+        ("train.json", "dev.json", "test.json"), "czyssrs/FinQA on GitHub",
         (6145, 872, 1132), finqa_group, ("filename", "answer"), finqa_record),
     "hotpotqa": Benchmark(
         "hotpotqa/hotpot_qa", "distractor", "1908d6afbbead072334abe2965f91bd2709910ab",
         ("train", "validation", "validation"),
-        "hotpot", "hotpot_train_v1.1.json and hotpot_dev_distractor_v1.json of the HotpotQA home page",
+        ("hotpot_train_v1.1.json", "hotpot_dev_distractor_v1.json", "hotpot_dev_distractor_v1.json"),
+        "the HotpotQA home page",
         (9067, 342, 343), multi_hop_group, ("id", "answer"), hotpotqa_record),
     "musique": Benchmark(
         "dgslibisey/MuSiQue", None, "c8f4f8c9465fb69d31a8eae894c3fd509c4ca321", ("train", "validation", "validation"),
-        "musique", "musique_ans_v1.0_train.jsonl and _dev.jsonl of StonyBrookNLP/musique on GitHub",
+        ("musique_ans_v1.0_train.jsonl", "musique_ans_v1.0_dev.jsonl", "musique_ans_v1.0_dev.jsonl"),
+        "StonyBrookNLP/musique on GitHub",
         (9985, 579, 445), multi_hop_group, ("id", "answer"), musique_record),
 }
-SPLIT_WORDS = {"train": "train", "dev": "dev|valid|validation", "test": "test"}
 
 
 def _hub_rows(name: str, split: str):
-    """One split of a benchmark as a datasets.Dataset. DataError when it cannot be had."""
+    """One split of a benchmark as a datasets.Dataset. UserError when it cannot be had."""
     spec = BENCHMARKS[name]
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or each of its five retries prints two lines
     try:
         from datasets import load_dataset
         return load_dataset(spec.hub, spec.config, split=spec.hub_splits[SPLITS.index(split)], revision=spec.revision)
     except Exception as error:  # offline, timed out, moved, not installed: the way out is the same
-        raise DataError(f"cannot load {spec.hub} from the Hub ({type(error).__name__}): pass the official files "
-                        f"instead, --data {name}:PATH ({spec.official})") from None
-
-
-def _split_file(folder: Path, name: str, word: str) -> Path | None:
-    """The file of a folder that holds the official train, dev or test split; None if there is none.
-
-    Files named after the benchmark go before others. Passed over: FinQA's private test set, HotpotQA's fullwiki and
-    MuSiQue-Full variants.
-    """
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jsonl"))
-    files = [file for file in files if file.name.startswith(BENCHMARKS[name].prefix)] or files
-    pattern = f"(?<![a-z])({SPLIT_WORDS[word]})(?![a-z])"
-    files = [file for file in files if re.search(pattern, file.name) and not re.search("private|full", file.name)]
-    if len(files) > 1:
-        raise DataError(f"{folder} has several {word} files of {name} ({', '.join(file.name for file in files)}): "
-                        f"pass one file, --data {name}:FILE, or a folder with one of them")
-    return files[0] if files else None
+        files = ", ".join(dict.fromkeys(spec.files))
+        raise UserError(f"cannot load {spec.hub} from the Hub ({type(error).__name__}): pass the official files "
+                        f"instead, --data {name}:PATH ({files} of {spec.home})") from None
 
 
 def _find_file(folder: Path, name: str, split: str) -> tuple[Path, tuple[str, ...]]:
-    """The file of a folder to read for a split, and the splits that share that file."""
-    test = _split_file(folder, name, "test") if split != "train" and BENCHMARKS[name].public_test else None
-    word = "train" if split == "train" else "test" if test and split == "test" else "dev"
-    file = test if word == "test" else _split_file(folder, name, word)
-    if file is None:
-        raise DataError(f"{folder} has no {word} file of {name} (official: {BENCHMARKS[name].official})")
-    return file, (split,) if word == "train" or test else ("validation", "test")
+    """The official file of a folder to read for a split, and the splits that share that file."""
+    files = BENCHMARKS[name].files
+    if not (folder / files[2]).exists():
+        files = (*files[:2], files[1])  # without FinQA's test.json its dev.json serves for both
+    file = folder / files[SPLITS.index(split)]
+    if not file.exists():
+        raise UserError(f"{folder} has no {file.name} (as in {BENCHMARKS[name].home}); one file of any name is passed as "
+                        f"--data {name}:FILE")
+    return file, tuple(split for split, other in zip(SPLITS, files) if other == file.name)
 
 
 def _shares(rows: int, splits: tuple[str, ...], spec: Benchmark) -> list[int]:
@@ -301,15 +300,13 @@ def _shares(rows: int, splits: tuple[str, ...], spec: Benchmark) -> list[int]:
 
 
 def _each(function: Callable[[dict, str], object], rows: Iterable[tuple[int, dict]], source, name: str) -> list:
-    """function(row, "source, row n") of every row. DataError for a row that is not in the official format."""
+    """function(row, "source, row n") of every row. UserError for a row that is not in the official format."""
     results = []
     for i, row in rows:
         try:
             results.append(function(row, f"{source}, row {i + 1}"))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{source}, row {i + 1}: not in {name}'s official format "
+            raise UserError(f"{source}, row {i + 1}: not in {name}'s official format "
                             f"({type(error).__name__}: {error})") from None
     return results
 
@@ -327,9 +324,10 @@ def _load_benchmark(name: str, path: Path | None, split: str, limit: int | None)
     groups = _each(lambda row, where: spec.group(row), enumerate(light), source, name)
     shares = _shares(sum(group is not None for group in groups), splits, spec)
     drawn = draw(groups, shares)[splits.index(split)]
-    records = _each(spec.record, ((i, rows[i]) for i in drawn[:limit]), source, name)
+    chosen = ((i, rows[i]) for i in drawn[:limit])
+    records = _each(lambda row, where: checked(spec.record(row), where), chosen, source, name)
     if not records:
-        raise DataError(f"{source}: no row with an answer is left for the {split} split ({len(groups)} rows in all)")
+        raise UserError(f"{source}: no row with an answer is left for the {split} split ({len(groups)} rows in all)")
     return records
 
 
@@ -342,24 +340,25 @@ def dataset_name(data: str) -> str:
 
 
 def load(data: str, split: str, limit: int | None = None) -> list[Record]:
-    """The records of a split, at most `limit`. DataError, in one line, for whatever cannot be loaded.
+    """The records of a split, at most `limit`. UserError, in one line, for whatever cannot be loaded.
 
     data: see the module docstring. split: train, validation or test. Prompts are not measured here: whoever has the
     tokenizer drops those that are too long.
     """
     if split not in SPLITS:
-        raise DataError(f"unknown split {split!r}: use train, validation or test")
+        raise UserError(f"unknown split {split!r}: use train, validation or test")
     name, _, location = data.partition(":")
-    if name in BENCHMARKS and (location or name == data):
-        path = Path(location).expanduser() if location else None
-        if path and not path.exists():
-            raise DataError(f"{path} does not exist (--data {name}:PATH takes the official file or its folder)")
-        return _load_benchmark(name, path, split, limit)
-    path = Path(__file__).parent / "ledger" if data == "ledger" else Path(data).expanduser()
-    if not data or not path.exists():
-        raise DataError(f"unknown data {data!r}: it is neither ledger, finqa, hotpotqa, musique (or one of these three "
-                        "with :PATH) nor an existing file or folder")
-    return _load_own(path, split)[:limit]
+    with naming(data, "loaded"):
+        if name in BENCHMARKS and (location or name == data):
+            path = Path(location).expanduser() if location else None
+            if path and not path.exists():
+                raise UserError(f"{path} does not exist (--data {name}:PATH takes the official file or its folder)")
+            return _load_benchmark(name, path, split, limit)
+        path = Path(__file__).parent / "ledger" if data == "ledger" else Path(data).expanduser()
+        if not data or not path.exists():
+            raise UserError(f"unknown data {data!r}: it is neither ledger, finqa, hotpotqa, musique (or one of these "
+                            "three with :PATH) nor an existing file or folder")
+        return _load_own(path, split)[:limit]
 
 
 def _load_own(path: Path, split: str) -> list[Record]:
@@ -367,12 +366,13 @@ def _load_own(path: Path, split: str) -> list[Record]:
     if path.is_dir():
         file = path / f"{split}.jsonl"
         if not file.exists():
-            raise DataError(f"{path} has no {file.name}")
+            raise UserError(f"{path} has no {file.name}")
         return read_records(file)
     records = read_records(path)
+    questions = [record.cold_prompt for record in records]
     tenth = max(1, round(len(records) / 10))
-    parts = draw([record.cold_prompt for record in records], (len(records) - 2 * tenth, tenth, tenth))
-    part = parts[SPLITS.index(split)]
+    part = draw(questions, (len(records) - 2 * tenth, tenth, tenth))[SPLITS.index(split)]
     if not part:
-        raise DataError(f"{path}: {len(records)} records are too few to split into train, validation and test")
+        raise UserError(f"{path}: {len(set(questions))} different questions (cold_prompt) in {len(records)} records "
+                        "are too few to split into train, validation and test")
     return [records[i] for i in sorted(part)]

@@ -2,18 +2,22 @@
 
 Nothing here knows what a run or a record is. Whatever goes wrong is a UserError that names the file.
 """
+import argparse
 import errno
 import fcntl
+import importlib.metadata
 import itertools
 import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import field, fields
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, get_args
 
 
 class UserError(Exception):
@@ -105,13 +109,14 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _jsonl(rows: Iterable[dict]) -> str:
+def jsonl(rows: Iterable[dict]) -> str:
+    """One line of JSON for each row; numbers that are not finite become null."""
     return "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
 
 
 def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
-    """Adds rows to a JSONL file; numbers that are not finite become null."""
-    text = _jsonl(rows)
+    """Adds rows to a JSONL file."""
+    text = jsonl(rows)
     with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(text)
 
@@ -143,6 +148,15 @@ def write_atomic(path: str | Path, text: str) -> None:
                 temporary.unlink()
 
 
+def claim_file(path: Path, overwrite: bool) -> None:
+    """Makes an empty file, to see now that it can be written. UserError for one that has content already, which stays
+    in any case; an empty one is what an earlier claim left."""
+    with naming(path):
+        if path.exists() and (not path.is_file() or path.stat().st_size and not overwrite):
+            raise UserError(f"{path} exists: pass another --out" + ", or --overwrite" * path.is_file())
+        path.open("a").close()
+
+
 def cut_log(path: str | Path, last_step: int) -> None:
     """Drops the rows of a log after a step, and what a kill left at its end. UserError for a row without a step."""
     if not Path(path).exists():
@@ -151,7 +165,7 @@ def cut_log(path: str | Path, last_step: int) -> None:
     for number, row in enumerate(rows, 1):
         if type(row.get("step")) is not int:
             raise UserError(f"{path}, row {number}: it has no step")
-    write_atomic(path, _jsonl(row for row in rows if row["step"] <= last_step))
+    write_atomic(path, jsonl(row for row in rows if row["step"] <= last_step))
 
 
 # --- Folders ----------------------------------------------------------------------------------------------------------
@@ -172,17 +186,6 @@ def replace_folder(new: str | Path, folder: str | Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def free_folder(parent: str | Path, name: str) -> Path:
-    """Makes and returns the first of PARENT/NAME, PARENT/NAME-2, ... that did not exist: never the same one twice."""
-    with naming(parent):
-        Path(parent).mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            with suppress(FileExistsError):
-                folder = Path(parent) / (f"{name}-{number}" if number > 1 else name)
-                folder.mkdir()
-                return folder
-
-
 def lock(folder: str | Path) -> TextIO:
     """Locks a folder for as long as the returned file lives; UserError when another process has it. The lock ends with
     the process, however that ends. Where the file system knows no locks there is none."""
@@ -195,6 +198,36 @@ def lock(folder: str | Path) -> TextIO:
             file.close()
             raise UserError(f"another process is running in {folder}") from None
     return file
+
+
+@contextmanager
+def held_folder(folder: Path, new: bool = False) -> Iterator[Path]:
+    """A folder, made if there is none and locked inside the block; what was made and stays empty is removed again.
+
+    new: the first of FOLDER, FOLDER-2, ... that did not exist, so that two processes never get the same one.
+    """
+    with naming(folder):
+        made = [path for path in folder.parents if not path.exists()]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(2):
+            try:
+                folder.mkdir()
+                made.insert(0, folder)
+                break
+            except FileExistsError:
+                if not new:
+                    break
+                folder = folder.with_name(f"{folder.name.removesuffix(f'-{number - 1}')}-{number}")
+    held = lock(folder)
+    try:
+        yield folder
+    finally:
+        held.close()
+        if made and os.listdir(folder) == ["lock"]:
+            (folder / "lock").unlink()
+            with suppress(OSError):
+                for path in made:
+                    path.rmdir()
 
 
 # --- Output -----------------------------------------------------------------------------------------------------------
@@ -222,5 +255,53 @@ def exit_code(program: Callable[[], object]) -> int:
         line, code = "interrupted", 130
     except (UserError, OSError) as error:
         line, code = f"error: {' '.join(str(error).split())}", 2
+    except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        line, code = "error: out of memory: lower --token-budget, then --gpu-share, --M or --think-budget", 2
     say(line, lambda text: print(text, file=sys.stderr), "stderr")
     return code
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+def setting(default, sentence: str, *choices: str, least: int = 1):
+    """A dataclass field that `add_settings` makes an option of; least: the smallest value of a whole number."""
+    return field(default=default, metadata={"help": sentence, "choices": choices or None, "least": least})
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, like all others, and that returns only the options that were given."""
+
+    def __init__(self, **settings):
+        super().__init__(argument_default=argparse.SUPPRESS, **settings)
+
+    def error(self, message: str):
+        """Instead of argparse's way out, which prints the usage and leaves."""
+        raise UserError(message)
+
+
+def add_settings(parser: argparse.ArgumentParser, config: type, names: Iterable[str] | None = None) -> None:
+    """An option for each `setting` of a dataclass, or for some of them, with its sentence."""
+    for f in fields(config):
+        if names is None or f.name in names:
+            kind = next((t for t in get_args(f.type) if t is not type(None)), f.type)
+            default = "" if f.default is None else f" Default: {f.default}."
+            choices = f.metadata["choices"]
+            parser.add_argument("--" + f.name.replace("_", "-"), type=kind, choices=choices,
+                                metavar=None if choices else f.name.upper(), help=f.metadata["help"] + default)
+
+
+# --- Provenance -------------------------------------------------------------------------------------------------------
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of those of the packages that are installed."""
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+    return {"python": sys.version.split()[0]} | {name: installed[name] for name in packages if name in installed}
+
+
+def commit(folder: Path) -> str | None:
+    """The commit of the repository that a folder belongs to; None outside of one."""
+    with suppress(OSError):  # no git
+        git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None

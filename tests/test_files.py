@@ -145,7 +145,8 @@ def test_a_text_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     deeds = []
     replace, sync = os.replace, os.fsync
     monkeypatch.setattr(os, "replace", lambda a, b: (deeds.append("replace"), replace(a, b)))
-    monkeypatch.setattr(os, "fsync", lambda handle: (deeds.append(os.readlink(f"/proc/self/fd/{handle}")), sync(handle)))
+    monkeypatch.setattr(os, "fsync",
+                        lambda handle: (deeds.append(os.readlink(f"/proc/self/fd/{handle}")), sync(handle)))
     files.write_atomic(tmp_path / "text", "new")
     assert deeds == [str(tmp_path / "text.tmp"), "replace", str(tmp_path)]
 
@@ -159,6 +160,20 @@ def test_only_a_file_system_that_cannot_sync_is_forgiven(number, fine, tmp_path,
         return files.write_atomic(tmp_path / "text", "new")
     with pytest.raises(UserError, match="No space left"):
         files.write_atomic(tmp_path / "text", "new")
+
+
+def test_a_file_is_claimed_before_it_is_filled_and_never_taken_unasked(tmp_path):
+    path = tmp_path / "x"
+    files.claim_file(path, overwrite=False)
+    files.claim_file(path, overwrite=False)  # empty: left by an earlier claim
+    path.write_text("text")
+    with pytest.raises(UserError, match="exists.*--overwrite"):
+        files.claim_file(path, overwrite=False)
+    files.claim_file(path, overwrite=True)
+    assert path.read_text() == "text"
+    for path in (tmp_path, Path("/dev/null")):
+        with pytest.raises(UserError, match="exists: pass another --out$"):
+            files.claim_file(path, overwrite=True)
 
 
 # --- Folders ----------------------------------------------------------------------------------------------------------
@@ -199,21 +214,44 @@ def test_at_every_moment_of_a_replacement_one_folder_is_whole(left, tmp_path, mo
 
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     deeds, sync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (deeds.append(os.readlink(f"/proc/self/fd/{handle}")), sync(handle)))
+    monkeypatch.setattr(os, "fsync",
+                        lambda handle: (deeds.append(os.readlink(f"/proc/self/fd/{handle}")), sync(handle)))
     finished(tmp_path / "new", "new")
     files.replace_folder(tmp_path / "new", tmp_path / "last")
     names = [Path(deed).name for deed in deeds]
     assert sorted(names[:-1]) == ["a", "b", "new"] and names[-1] == tmp_path.name
 
 
-def test_no_two_processes_get_the_same_folder(tmp_path):
-    code = "for _ in range(20): print(files.free_folder(sys.argv[1], 'run').name)"
-    processes = [start(code, tmp_path / "runs") for _ in range(2)]
+def test_no_two_processes_get_the_same_new_folder(tmp_path):
+    code = """
+from pathlib import Path
+for _ in range(20):
+    with files.held_folder(Path(sys.argv[1]), new=True) as folder:
+        (folder / "x").touch()
+        print(folder.name)
+"""
+    processes = [start(code, tmp_path / "runs" / "run") for _ in range(2)]
     names = sorted(name for process in processes for name in process.communicate(timeout=60)[0].split())
     assert names == sorted(["run", *(f"run-{i}" for i in range(2, 41))])
+
+
+def test_a_folder_is_held_by_one_and_removed_if_it_stays_empty(tmp_path):
+    folder = tmp_path / "runs" / "run"
+    with files.held_folder(folder):
+        with pytest.raises(UserError, match="another process is running in"):
+            with files.held_folder(folder):
+                pass
+    assert os.listdir(tmp_path) == [], "what was made for nothing is gone"
+    with files.held_folder(folder):
+        (folder / "x").touch()
+    with files.held_folder(folder) as again:
+        assert again == folder
+    assert sorted(os.listdir(folder)) == ["lock", "x"]
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
-        files.free_folder(tmp_path / "file", "run")
+    for path in (tmp_path / "file", tmp_path / "file" / "x", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="cannot be written"):
+            with files.held_folder(path):
+                pass
 
 
 def test_a_folder_is_locked_while_its_process_lives_and_not_longer(tmp_path):
@@ -241,7 +279,8 @@ def test_where_the_file_system_knows_no_locks_a_run_goes_on(tmp_path, monkeypatc
 
 
 # --- Output -----------------------------------------------------------------------------------------------------------
-SAY = "for i in range(2000): files.say(f'{i} \u2264 \ud800' + 'x' * 100)\nprint('more')\nfiles.write_atomic(sys.argv[1], 'done')"
+SAY = ("for i in range(2000): files.say(f'{i} \u2264 \ud800' + 'x' * 100)\n"
+       "print('more')\nfiles.write_atomic(sys.argv[1], 'done')")
 
 
 @pytest.mark.parametrize("shell", ["| head -1", "> /dev/full", ">&-", "| cat; sys.stdout.close()"])
