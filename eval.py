@@ -9,8 +9,8 @@
 
 Section 7 of the paper: the training reward is exact match with the gold; in evaluation an answer is correct iff the
 gold is a substring of it; p@1 is the mean over samples, p@16 any of 16, m@16 a majority vote. Here p@1, p@16 and
-maj@16 count aliases too; the columns that begin with "paper" do not. The paper gives neither its normalisation nor its
-tie rule: `surface`, `vote_key` and `majority_vote` are ours.
+maj@16 count aliases too; the columns that begin with "paper" do not. The normalisation and the tie rule, which the
+paper does not give, are ours: `surface`, `vote_key`, `majority_vote`.
 """
 import math
 import random
@@ -18,7 +18,7 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -26,8 +26,8 @@ from statistics import fmean
 from typing import NamedTuple
 
 from data import SPLITS, dataset_name, load
-from data.files import (Parser, UserError, add_settings, claim_file, exit_code, jsonl, naming, read_log, say, user_path,
-                        write_atomic)
+from data.files import (Parser, UserError, add_settings, claim_file, exit_code, jsonl, naming, read_log, read_object,
+                        say, user_path, write_atomic)
 
 # --- 1. Text ----------------------------------------------------------------------------------------------------------
 
@@ -38,13 +38,13 @@ LEFT_EDGE = re.compile(rf"^[{re.escape(EDGES)}]*?(?=(?<!\.)\.[0-9]|[^{re.escape(
 
 
 def normalize_answer(text: str) -> str:
-    """The normalisation of the official SQuAD, HotpotQA and MuSiQue evaluators: lower case, no (ASCII) punctuation, no
-    articles, single spaces. It is for words: it turns "-1.5%" into "15", so numbers never go through it here."""
+    """As the official evaluators of HotpotQA and MuSiQue: lower case, no (ASCII) punctuation, no articles, single
+    spaces. It is for words: it turns "-1.5%" into "15", so numbers never go through it here."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
 def surface(text: str) -> str:
-    """Lower case and single spaces, nothing else: signs, decimal points and percent signs are part of an answer."""
+    """Lower case and single spaces: signs, decimal points and percent signs are part of an answer."""
     return " ".join(text.lower().split())
 
 
@@ -71,8 +71,8 @@ def bare_words(text: str) -> str:
 
 
 def words_key(text: str) -> str:
-    """What makes two texts that are not numbers the same: `normalize_answer`; with digits in them `bare_words`, so that
-    "5.2 million" is not "52 million". "" where no word is left."""
+    """Two texts that are not numbers agree by `normalize_answer`; with digits by `bare_words`: "5.2 million" is not
+    "52 million". "" where no word is left."""
     words = normalize_answer(text)
     return bare_words(text) if words and re.search("[0-9]", words) else words
 
@@ -90,17 +90,16 @@ def correct(prediction: str, gold: str, aliases: Sequence[str] = ()) -> bool:
 # --- 2. Numbers -------------------------------------------------------------------------------------------------------
 
 # ASCII digits only. Every repetition is over one class that the next part cannot start with: no backtracking.
-NUMBER = re.compile(r"((?<![\w.)%])-)?[$\u20ac\u00a3]? ?((?<![\w.)%])-)?"
+NUMBER = re.compile(r"((?<![\w.)%])-)?[$€£]? ?((?<![\w.)%])-)?"
                     r"((?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:(?<=[0-9])[eE][-+]?[0-9]{1,3}(?![0-9]))?)")
 GROUPED = re.compile(r"[0-9]*|[0-9]{1,3}(,[0-9]{3})+")
-SPACED = re.compile(r"(?<![\w.,])[0-9]{1,3}(?:[ '_\u00a0\u2009\u202f][0-9]{3}(?![0-9]))+")  # 1 000 000
-MINUS = re.compile(r"(?:\b(?:minus|negative) ?|[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d])\(?(?=[$\u20ac\u00a3]?[.0-9])"
-                   r"|\u2212", re.I)
-# Digits behind or before these are a part of something: 1.000.000, 0x42, 1e9999, 2^42, 1/42, 6 * 7; not **42**.
-BEFORE = re.compile(r"([0-9][.,'_\u00b7\uff0ceExX][-+]?|[\w)] ?[\^/\u00f7\u00d7] ?|[0-9)] ?[*+] ?|[0-9]\*\*)[-+($]{0,2}$")
-AFTER = re.compile(r"\.[0-9]| ?[\^/\u00f7\u00d7*+] ?[0-9(]|\*\*[0-9]")
-UNIT = re.compile(r"\s{0,2}(?:(\\?%|(?:percent|per cent|pct)\b)|(k\b)|"
-                  r"((?:thousand|million|mn|billion|bn|trillion)(?=s?\b)|[mbt]\b))", re.I)
+SPACED = re.compile(r"(?<![\w.,])[0-9]{1,3}(?:[ '_\u00a0\u2009\u202f][0-9]{3}(?![0-9]))+")
+MINUS = re.compile(r"(?:\b(?:minus|negative) ?|[-\u2010-\u2015\u2212\ufe63\uff0d])\(?(?=[$€£]?[.0-9])|\u2212", re.I)
+# Digits behind or before these are no number by themselves: 1.000.000, 0x42, 1e9999, 2^42, 1/42, 6 * 7, 42k.
+BEFORE = re.compile(r"([0-9][.,'_·\uff0cex]-?|[\w)] ?[\^/÷×] ?|[0-9)] ?[*+] ?|[0-9]\*\*)[-+($]*$", re.I)
+AFTER = re.compile(r"[.^/*][0-9]| ?k\b", re.I)
+UNIT = re.compile(r"\s{0,2}(?:(\\?%|(?:percent|per cent|pct)\b)|"
+                  r"(thousand|million|mn|m|billion|bn|b|trillion|t)s?\b)", re.I)
 POWER = {"thousand": 3, "million": 6, "mn": 6, "m": 6, "billion": 9, "bn": 9, "b": 9, "trillion": 12, "t": 12}
 MAX_DIGITS = 28  # of a number, also the precision of Decimal: a longer run of digits is no answer
 
@@ -114,22 +113,15 @@ class Number(NamedTuple):
 
 
 def plain_number(text: str) -> str:
-    """The text with a "-" for every dash that touches a number and for "minus 5", and without spaces in "1 000"."""
+    """The text with "-" for every dash at a number and for "minus", and without spaces in "1 000"."""
     return SPACED.sub(lambda match: re.sub("[^0-9]", "", match[0]), MINUS.sub("-", text.strip()))
-
-
-def _is_part(before: str, digits: str, after: str) -> bool:
-    """Whether digits are only a part of a number ("1,42") or of an expression ("2^42")."""
-    return bool(BEFORE.search(before) or AFTER.match(after) or not GROUPED.fullmatch(digits.partition(".")[0])
-                or before[-1:].isnumeric() or after[:1].isnumeric())
 
 
 def parse_number(text: str, last: bool = True) -> Number | None:
     """The last (or first) number of a text, with its sign and unit; None if there is none, or only a part of one.
 
     Reads $, thousands commas or spaces, a minus, and %, percent, thousand, million, billion or trillion after the
-    digits; a "k" is part of the number: "42k" is 42000. Parentheses mean a negative number only where they enclose the
-    whole text, as in accounts.
+    digits. Parentheses mean a negative number only where they enclose the whole text, as in accounts.
     """
     text = plain_number(text)
     bracketed = text.startswith("(") and text.rstrip(" %.").endswith(")")
@@ -138,17 +130,17 @@ def parse_number(text: str, last: bool = True) -> Number | None:
         return None
     match = matches[-1 if last else 0]
     start, end = match.span(3)
+    before, after = text[max(0, start - 6):start], text[end:end + 6]
     digits, _, exponent = match.group(3).rstrip(",").lower().partition("e")
-    if end - start > MAX_DIGITS or _is_part(text[max(0, start - 6):start], digits, text[end:end + 6]):
+    if (end - start > MAX_DIGITS or not GROUPED.fullmatch(digits.partition(".")[0]) or BEFORE.search(before)
+            or AFTER.match(after) or before[-1:].isnumeric() or after[:1].isnumeric()):  # 42\u00b2, other scripts
         return None
-    unit = UNIT.match(text, end)
-    percent, thousand, word = unit.groups() if unit else (None, None, None)
-    value = Decimal(digits.replace(",", "")).scaleb(int(exponent or 0) + (3 if thousand else 0))
+    percent, power = UNIT.match(text, end).groups() if UNIT.match(text, end) else (None, None)
+    value = Decimal(digits.replace(",", "")).scaleb(int(exponent or 0))
     alone = bracketed and match.start() == 1 and len(matches) == 1
-    if match.group(1) or match.group(2) or alone:
-        value = -value
-    percent = bool(percent) or (bracketed and text.endswith("%"))
-    return Number(value, max(0, -value.as_tuple().exponent), percent, POWER[word.lower()] if word else 0)
+    negative = bool(match.group(1) or match.group(2)) or alone
+    return Number(-value if negative else value, max(0, -value.as_tuple().exponent),
+                  bool(percent) or (bracketed and text.endswith("%")), POWER[power.lower()] if power else 0)
 
 
 def _rounds_to(value: Decimal, gold: Number) -> bool:
@@ -179,7 +171,6 @@ def numeric_match(prediction: str, gold: str) -> bool:
     Allows: percent against fraction, more decimals than the gold (rounded to the gold's), $, commas, (negatives), a
     unit (million, ...) that one side leaves out. A wrong sign, a power of ten or a missing decimal is wrong. yes/no:
     the prediction has one of the two words and not the other. Golds that are neither: equal by `words_key`.
-    Every gold that is not empty matches itself.
     """
     if surface(gold) in ("yes", "no"):
         return set(normalize_answer(prediction).split()) & {"yes", "no"} == {surface(gold)}
@@ -218,7 +209,7 @@ def verdicts(dataset: str, prediction: str, gold: str, aliases: Sequence[str] = 
 
     correct: by gold or alias. By the gold alone: paper, the paper's evaluation, and exact, the training reward. em, f1:
     as the official evaluators of HotpotQA (gold alone) and MuSiQue (the best over gold and aliases) compute them.
-    numeric, for FinQA and ledger: `numeric_match` with gold or alias; FinQA's official evaluator cannot grade text.
+    numeric, for FinQA and ledger: `numeric_match` with gold or alias; FinQA's own evaluator cannot grade text.
     """
     golds = (gold, *aliases)
     results = {"correct": correct(prediction, gold, aliases), "paper": substring_match(prediction, gold),
@@ -250,8 +241,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def vote_key(answer: str) -> str:
-    """What counts as the same answer in a vote: a number by its value ("$1,200.0" and "1200" agree; "14%", "14" and
-    "-14%" do not), other text by `words_key`. "" where nothing is left: no answer."""
+    """What a vote counts: a number by its value ("$1,200.0" and "1200" agree; "14%", "14" and "-14%" do not), other
+    text by `words_key`. "": no answer."""
     bare = plain_number(surface(answer).rstrip("."))
     alone = len(bare) <= 2 * MAX_DIGITS and NUMBER.fullmatch(bare.rstrip("%)( ").removeprefix("("))
     number = parse_number(bare) if alone else None
@@ -260,28 +251,27 @@ def vote_key(answer: str) -> str:
     return f"{(number.value + 0).normalize():f}{'%' if number.percent else ''}"
 
 
+def _most_common(items: Iterable[str]) -> str:
+    return max(Counter(items).items(), key=lambda pair: pair[1], default=("", 0))[0]  # of equals the first
+
+
 def majority_vote(answers: Sequence[str]) -> str:
     """The answer that most samples agree on, in the form that most of them wrote; "" if all are empty.
 
-    Votes are counted by `vote_key`, before any verdict. An empty answer has no vote. Ties, among answers and among
-    their forms, go to the one that appears first.
+    Votes are counted by `vote_key`, before any verdict. An empty answer has none. Ties go to what appears first.
     """
     keys = [vote_key(answer) for answer in answers]
-    ranked = Counter(key for key in keys if key).most_common(1)  # a Counter keeps the order of appearance in ties
-    if not ranked:
-        return ""
-    winner = ranked[0][0]
-    return Counter(answer.strip() for answer, key in zip(answers, keys) if key == winner).most_common(1)[0][0]
+    winner = _most_common(filter(None, keys))
+    return _most_common(answer.strip() for answer, key in zip(answers, keys) if winner and key == winner)
 
 
 def per_prompt(answers: Sequence[Sequence[str] | None], records: Sequence) -> dict[str, list[float]]:
-    """p@1, p@n and maj@n of every prompt, in [0, 1], from n samples for each. None: the prompt was too long, and counts
-    as wrong. ValueError if the lengths disagree."""
+    """p@1, p@n and maj@n of every prompt, in [0, 1], from n samples for each; None, for a prompt that was too long,
+    counts as wrong. ValueError if the lengths disagree."""
     sizes = {len(samples) for samples in answers if samples is not None}
     if len(answers) != len(records) or len(sizes) != 1 or 0 in sizes:
         raise ValueError("answers must hold the same number (at least one) of samples for each record")
-    n = sizes.pop()
-    hits, votes = [], []
+    n, hits, votes = sizes.pop(), [], []
     for samples, record in zip(answers, records):
         gold, aliases = record.answer, aliases_of(record)
         hits.append(sum(correct(answer, gold, aliases) for answer in samples or ()))
@@ -305,20 +295,20 @@ def bootstrap_interval(values: Sequence[float], resamples: int = 1000, seed: int
 
 FROM_RUN = ("data", "start", "prompt_limit", "think_budget", "answer_budget", "rollout", "eval_samples", "dtype",
             "seed")  # fields of tsallis_rl.Config
-RULES = """  p@1, p@n, maj@n: a sample, any sample, the vote contains the gold, or an alias as whole words
-  paper: contains the gold, the paper's rule; exact: is the gold; others: see `verdicts` in eval.py"""
+RULES = """  p@1, p@n, maj@n: a sample, any of n, the majority vote has the gold in it, or an alias as whole words
+  paper: the gold in it, which is the paper's rule; exact: is the gold; numeric, em, f1: see `verdicts` in eval.py"""
 
 
 def settings_of(given: dict, split: str):
-    """The evaluation's Config. What was not given is as the run had it whose checkpoint this is (RUN/best, RUN/last);
-    on the validation split so is the number of prompts."""
+    """The evaluation's Config: of a run's checkpoint (RUN/best, RUN/last) as the run had it, but for what is given; on
+    the validation split that includes the number of prompts."""
     import tsallis_rl
-    folder = user_path(given["model"]).parent
-    saved = tsallis_rl.run_settings(folder) or {}
+    path = user_path(given["model"]).parent / "config.json"
+    saved = read_object(path).get("settings") or {}
     names = FROM_RUN + ("limit", "eval_limit") * (split == "validation")
     taken = {name: saved[name] for name in names if name in saved and name not in given}
     if taken:
-        say(f"as in {folder / 'config.json'}: " + ", ".join(f"{name} {value}" for name, value in taken.items()))
+        say(f"as in {path}: " + ", ".join(f"{name} {value}" for name, value in taken.items()))
     config = tsallis_rl.resolve(tsallis_rl.Config(**taken, **given))
     if split == "validation" and "limit" not in given:
         limits = {config.limit, config.eval_limit} - {None}
@@ -334,18 +324,15 @@ def grade(dataset: str, record, samples: Sequence[str] | None) -> dict:
             "verdicts": results, "vote_verdicts": verdicts(dataset, vote, record.answer, aliases)}
 
 
-def tabulate(answers: list, records: list, lines: list[dict]) -> dict[str, tuple[float, float, float]]:
-    """{metric: (value, low, high)} in percent: p@1, p@n and maj@n by gold or alias and by the paper's rule, then every
-    other verdict as the mean over samples ("em") and of the vote ("em, vote")."""
-    columns = per_prompt(answers, records)
-    paper = [f"paper {name}" for name in columns]
-    for name in list(lines[0]["vote_verdicts"])[1:]:  # the first, "correct", is done
-        samples = [[results[name] for results in line["verdicts"]] for line in lines]
-        votes = [line["vote_verdicts"][name] for line in lines]
-        if name == "paper":
-            columns |= zip(paper, (list(map(fmean, samples)), list(map(max, samples)), votes))
-        else:
-            columns |= {name: list(map(fmean, samples)), f"{name}, vote": votes}
+def tabulate(lines: list[dict], n: int) -> dict[str, tuple[float, float, float]]:
+    """{metric: (value, low, high)} in percent: p@1, p@n and maj@n by each of `verdicts`, "correct" without its name."""
+    columns = {}
+    for verdict in lines[0]["vote_verdicts"]:
+        prefix = "" if verdict == "correct" else f"{verdict} "
+        samples = [[results[verdict] for results in line["verdicts"]] for line in lines]
+        columns[f"{prefix}p@1"] = list(map(fmean, samples))
+        columns[f"{prefix}p@{n}"] = list(map(max, samples))
+        columns[f"{prefix}maj@{n}"] = [line["vote_verdicts"][verdict] for line in lines]
     return {name: tuple(100 * x for x in (fmean(column), *bootstrap_interval(column)))
             for name, column in columns.items()}
 
@@ -365,7 +352,7 @@ def evaluate(given: dict, split: str = "test", out: str | None = None, overwrite
         say(f"{fitting} of {len(records)} prompts fit --prompt-limit {config.prompt_limit}; the others count as wrong")
     say(f"{config.model} on {config.data}, {split}: {len(records)} prompts, {config.eval_samples} samples, "
         f"{config.start} start, seed {config.seed}; percent, 95% bootstrap intervals over prompts\n{RULES}")
-    table = tabulate(answers, records, lines)
+    table = tabulate(lines, config.eval_samples)
     for name, (value, low, high) in table.items():
         say(f"  {name:14s} {value:5.1f}  [{low:.1f}, {high:.1f}]")
     cells = [f"{value:.1f} [{low:.1f}, {high:.1f}]" for value, low, high in table.values()]
@@ -379,37 +366,32 @@ def evaluate(given: dict, split: str = "test", out: str | None = None, overwrite
 
 PANELS = {"val_maj@": "validation maj@n (%)", "log_P_mean": "mean log P",
           "effective_reward_max": "largest (w_m / wbar^q) / M^q", "amplified_advantage_max": "largest c_m / M^q"}
-LARGEST = 1e30  # that an axis can show
 
 
-def read_curves(run: str) -> dict[str, list[tuple[int, float]]]:
-    """{panel: [(step, value), ...]} from RUN/metrics.jsonl; what is no number that a figure can show is left out."""
-    curves = {panel: [] for panel in PANELS}
-    for row in read_log(user_path(run) / "metrics.jsonl"):
-        for key, value in row.items():
-            panel = next((panel for panel in PANELS if key.startswith(panel)), None)
-            if panel and all(type(x) in (int, float) and abs(x) < LARGEST for x in (value, row.get("step"))):
-                curves[panel].append((row["step"], value))
-    return curves
+def read_curve(run: str, panel: str) -> list[tuple[float, float]]:
+    """(step, value) of a panel from RUN/metrics.jsonl; what is no number that a figure can show is left out."""
+    rows = read_log(user_path(run) / "metrics.jsonl")
+    points = [(row.get("step"), value) for row in rows for key, value in row.items() if key.startswith(panel)]
+    return [point for point in points if all(type(x) in (int, float) and abs(x) < 1e30 for x in point)]
 
 
 def plot(runs: list[str], out: str) -> None:
     """Learning curves (top) and the quantities of Figure 3 (bottom), one line per run, as PNG."""
     if not out.lower().endswith(".png"):
         raise UserError(f"--out {out}: with --plot it must end in .png")
-    curves = {run: read_curves(run) for run in runs}
-    if not any(any(curve.values()) for curve in curves.values()):
+    curves = {panel: {run: read_curve(run, panel) for run in runs} for panel in PANELS}
+    if not any(any(lines.values()) for lines in curves.values()):
         raise UserError(f"{' '.join(runs)}: no metrics.jsonl with a step is there")
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for axis, (panel, label) in zip(axes.flat, PANELS.items()):
-        for run, curve in curves.items():
-            steps, values = zip(*curve[panel]) if curve[panel] else ((), ())
+    for axis, (panel, lines) in zip(axes.flat, curves.items()):
+        for run, points in lines.items():
             name = Path(run).resolve().name.replace("$", r"\$").lstrip("_")  # else a formula begins, or no label
-            axis.plot(steps, values, label=name, marker="." if len(steps) < 30 else None)
-        axis.set(xlabel="step", ylabel=label)
+            steps, values = zip(*points) if points else ((), ())
+            axis.plot(steps, values, label=name, marker="." if len(points) < 30 else None)
+        axis.set(xlabel="step", ylabel=PANELS[panel])
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
     with naming(out):

@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import field, fields
 from pathlib import Path
@@ -72,6 +72,11 @@ def parse_object(text: str | bytes, where: str) -> dict:
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object")
     return row
+
+
+def read_object(path: str | Path) -> dict:
+    """The JSON object in a file; {} if there is no file."""
+    return parse_object(read_text(path), str(path)) if os.path.exists(path) else {}
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
@@ -186,6 +191,19 @@ def replace_folder(new: str | Path, folder: str | Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """`replace_folder` with a new one that write(path) fills. UserError when that fails, the old one being untouched."""
+    new = folder.with_name(folder.name + ".new")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        write(new)
+        replace_folder(new, folder)
+    except Exception as error:  # a full disk: each library has errors of its own
+        shutil.rmtree(new, ignore_errors=True)
+        then = f"the previous one is untouched: --resume {folder.parent}" if folder.exists() else "start again"
+        raise UserError(f"could not save {folder} ({error}); free some space, then {then}") from None
+
+
 def lock(folder: str | Path) -> TextIO:
     """Locks a folder for as long as the returned file lives; UserError when another process has it. The lock ends with
     the process, however that ends. Where the file system knows no locks there is none."""
@@ -201,12 +219,15 @@ def lock(folder: str | Path) -> TextIO:
 
 
 @contextmanager
-def held_folder(folder: Path, new: bool = False) -> Iterator[Path]:
+def held_folder(folder: Path, new: bool = False, may_hold: Collection[str] | None = None) -> Iterator[Path]:
     """A folder, made if there is none and locked inside the block; what was made and stays empty is removed again.
 
-    new: the first of FOLDER, FOLDER-2, ... that did not exist, so that two processes never get the same one.
+    new: the first of FOLDER, FOLDER-2, ... that did not exist, so that two processes never get the same one. may_hold:
+    names; UserError for a folder that holds others.
     """
     with naming(folder):
+        if may_hold is not None and folder.exists() and not set(os.listdir(folder)) <= set(may_hold):
+            raise UserError(f"{folder} already holds something; name another folder")
         made = [path for path in folder.parents if not path.exists()]
         folder.parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(2):
@@ -290,6 +311,29 @@ def add_settings(parser: argparse.ArgumentParser, config: type, names: Iterable[
             choices = f.metadata["choices"]
             parser.add_argument("--" + f.name.replace("_", "-"), type=kind, choices=choices,
                                 metavar=None if choices else f.name.upper(), help=f.metadata["help"] + default)
+
+
+def check_settings(config) -> None:
+    """UserError for a whole number out of range and a fraction that is not positive and finite."""
+    for f in fields(config):
+        value, least, option = getattr(config, f.name), f.metadata["least"], "--" + f.name.replace("_", "-")
+        if isinstance(value, int) and not least <= value <= 10**6:
+            raise UserError(f"{option} must be at least {least} and at most a million, not {value}")
+        if isinstance(value, float) and not (0 < value < math.inf or value == least == 0):
+            raise UserError(f"{option} must be positive and finite, not {value}")
+
+
+def resumed(path: Path, given: dict, may_change: Collection[str], config: type) -> dict:
+    """The settings that a run's config.json keeps, changed as given where that is allowed. UserError for another change,
+    and where the program's settings are no longer those of the run."""
+    saved = read_object(path).get("settings")
+    if not isinstance(saved, dict) or set(saved) != {f.name for f in fields(config)}:
+        raise UserError(f"{path} does not hold the settings that this version of the program has")
+    for name, value in given.items():
+        if name not in may_change and value not in (saved[name], "auto"):
+            raise UserError(f"{path}: the run has --{name.replace('_', '-')} {saved[name]}, not {value}; start a new run to "
+                            "change that")
+    return saved | given
 
 
 # --- Provenance -------------------------------------------------------------------------------------------------------

@@ -366,7 +366,8 @@ def mutants(value):
             yield {other: part for other, part in value.items() if other != key}
 
 
-@pytest.mark.parametrize("name, row", [("finqa", finqa_row()), ("hotpotqa", hotpotqa_row()), ("musique", musique_row())])
+@pytest.mark.parametrize("name, row", [
+    ("finqa", finqa_row()), ("hotpotqa", hotpotqa_row()), ("musique", musique_row())])
 def test_a_row_of_any_shape_is_an_error_in_one_line_or_a_good_record(name, row, tmp_path):
     path = tmp_path / data.BENCHMARKS[name].files[0]
     good = 0
