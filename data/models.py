@@ -1,0 +1,153 @@
+"""Models and tokenizers of transformers: loaded whole or refused, with the attention and the cache that are fast here.
+
+Nothing here knows the method. `attention` serves a prompt that is shared by many responses and grouped query heads;
+`sample` draws rows with seeds of their own.
+"""
+import sys
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+
+# Text needs none of these, and a build of theirs that does not match torch's breaks the import of transformers.
+for _unused in ("torchvision", "torchaudio", "torchcodec"):
+    sys.modules.setdefault(_unused, None)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, Cache,
+                          DynamicCache, PreTrainedModel, PreTrainedTokenizerBase)
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
+
+from data.files import UserError
+
+ATTENTION = "lower_right"
+
+
+def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, **_):
+    """Attention for transformers; without a mask it is causal, the T queries being the last of the S keys.
+
+    (R, H, T, D), (R, G, S, D) -> (R, T, H, D). On CUDA the causal bias is an object that flash attention understands: a
+    mask would keep it away (autocast does not see it, hence the casts). On a CPU the query heads of one key head are
+    rows of one product, as copies of the keys would cost a sixth of the training phase.
+    """
+    (R, H, T, D), (G, S) = query.shape, key.shape[1:3]
+    if mask is None and query.is_cuda:
+        out = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value, scale=scaling,
+                                             attn_mask=causal_lower_right(T, S), enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)[None, None]
+    out = F.scaled_dot_product_attention(query.reshape(R, G, -1, D), key, value, mask.repeat(1, 1, H // G, 1), scale=scaling)
+    return out.reshape(R, H, T, D).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, attention)
+# transformers' mask where there is padding, else none
+AttentionMaskInterface.register(ATTENTION, lambda *shape, attention_mask=None, **settings: (
+    None if attention_mask is None else sdpa_mask(*shape, attention_mask=attention_mask, **settings)))
+
+
+def load_pretrained(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal model in float32, with `attention`, and its tokenizer, from a folder or the Hub. UserError, in one line,
+    for what cannot be loaded whole: files missing or cut off, weights missing or not finite, sliding windows."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=ATTENTION,
+                                                             output_loading_info=True)
+    except Exception as error:  # no such name, a file cut off, shapes that do not fit: each library has its own errors
+        found = "that folder holds no whole model" if Path(name).exists() else "no such folder, and the Hub did not give it"
+        raise UserError(f"--model {name}: {found}; pass --model FOLDER with a Hugging Face checkpoint "
+                        f"({type(error).__name__}: {str(error)[:200]})") from error
+    if report["missing_keys"]:
+        raise UserError(f"--model {name}: its files lack {min(report['missing_keys'])}")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"--model {name}: it has weights that are not finite")
+    if any(layer.is_sliding for layer in DynamicCache(config=model.config).layers):
+        raise UserError(f"--model {name}: it has sliding-window attention, and a shared prompt must be seen whole")
+    return model, tokenizer
+
+
+class RoomyLayer(DynamicLayer):
+    """Rows of a layer's cache with room for what is to come: DynamicLayer copies all it holds for each token, which is a
+    quarter of the time of rollouts and 7% of the default run."""
+
+    def __init__(self, layer: DynamicLayer, rows: list[int], room: int):
+        super().__init__()
+        self.is_initialized, self.length = True, layer.keys.shape[-2]
+        self.store = [F.pad(x[rows].to(layer.values), (0, 0, 0, room)) for x in (layer.keys, layer.values)]
+
+    def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, ...]:
+        """Add the keys and values of new tokens; returns all so far."""
+        start, self.length = self.length, self.length + key.shape[-2]
+        for x, new in zip(self.store, (key, value)):
+            x[:, :, start:self.length] = new
+        return tuple(x[:, :, :self.length] for x in self.store)
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.length
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.store = [x[indices] for x in self.store]
+
+
+def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The token at which the distribution function passes `uniform`, and its log p: (R, V), (R,) -> (R,), (R,)."""
+    log_p = logits.log_softmax(-1)
+    cdf = log_p.double().exp().cumsum(-1)
+    token = torch.searchsorted(cdf, uniform.unsqueeze(-1) * cdf[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    return token.squeeze(-1), log_p.gather(-1, token).squeeze(-1)
+
+
+def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, ...]:
+    """Ids and mask, (R, T) each."""
+    ids = [torch.tensor(row) for row in rows]
+    return tuple(pad_sequence(x, batch_first=True, padding_side="left").to(device)
+                 for x in (ids, [torch.ones_like(row) for row in ids]))
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, prompts: list[list[int]], begun: list[list[int]], seeds: list[int], budget: int,
+           ended: Callable[[list[int]], bool]) -> list[tuple[list[int], list[float]]]:
+    """Row j continues prompts[j] + begun[j] at temperature 1, until ended(its ids) or for `budget` tokens: (ids, log p).
+
+    Equal prompts that stand together run once (each of two tokens or more), and rows that ended leave the batch. A token
+    inverts the distribution function at a uniform number from the row's own seed: a row does not depend on the others.
+    """
+    def next_logits() -> Tensor:
+        position = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        return model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+                     logits_to_keep=1).logits[:, -1].float()  # (R, V)
+
+    groups = [(prompt, len(list(rows))) for prompt, rows in groupby(prompts)]
+    cache, samples, running = DynamicCache(config=model.config), [([], []) for _ in seeds], list(range(len(seeds)))
+    ids, mask = _left_padded([prompt[:-1] for prompt, _ in groups], model.device)
+    next_logits()
+    row_of = [i for i, (_, n) in enumerate(groups) for _ in range(n)]  # from here on a row is a sample
+    ids, more = _left_padded([[prompt[-1], *b] for prompt, b in zip(prompts, begun)], model.device)
+    mask = torch.cat([mask[row_of], more], 1)
+    cache = Cache(layers=[RoomyLayer(layer, row_of, ids.shape[1] + budget) for layer in cache.layers])
+    uniform = torch.stack([torch.rand(budget, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                           for seed in seeds]).to(model.device)  # (R, T)
+    for t in range(budget):
+        token, log_p = draw(next_logits(), uniform[:, t])
+        for j, i, x in zip(running, token.tolist(), log_p.tolist()):
+            samples[j][0].append(i)
+            samples[j][1].append(x)
+        keep = [row for row, j in enumerate(running) if not ended(samples[j][0])]
+        if not keep:
+            break
+        if len(keep) < len(running):
+            index, running = torch.tensor(keep, device=model.device), [running[row] for row in keep]
+            cache.batch_select_indices(index)
+            mask, uniform, token = mask[index], uniform[index], token[index]
+        ids, mask = token.unsqueeze(1), F.pad(mask, (0, 1), value=1)
+    return samples
