@@ -4,13 +4,12 @@
     python eval.py --model Qwen/Qwen3-0.6B --data finqa
     python eval.py --plot runs/* --out curves.png
 
-1 text, 2 numbers, 3 verdicts per dataset, 4 metrics over samples, 5 evaluation, 6 figures, 7 command line. All in 1 to
-4 is a pure function of untrusted text: nothing is executed, every scan is linear, and no string raises.
+1 text, 2 numbers, 3 verdicts, 4 metrics over samples, 5 evaluation, 6 figures, 7 command line. All in 1 to 4 is a pure
+function of untrusted text: nothing is executed, every scan is linear, and no string raises.
 
 Section 7 of the paper: the training reward is exact match with the gold; in evaluation an answer is correct iff the
 gold is a substring of it; p@1 is the mean over samples, p@16 any of 16, m@16 a majority vote. Here p@1, p@16 and
-maj@16 count aliases too; the columns that begin with "paper" do not. The normalisation and the tie rule, which the
-paper does not give, are ours: `surface`, `vote_key`, `majority_vote`.
+maj@16 count aliases too; columns that begin with "paper" do not. Normalisation and tie rule are ours.
 """
 import math
 import random
@@ -18,7 +17,7 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -29,7 +28,7 @@ from data import SPLITS, dataset_name, load
 from data.files import (Parser, UserError, add_settings, claim_file, exit_code, jsonl, naming, read_log, read_object,
                         say, user_path, write_atomic)
 
-# --- 1. Text ----------------------------------------------------------------------------------------------------------
+# --- 1. Text ----------------------------------------------
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -49,25 +48,21 @@ def surface(text: str) -> str:
 
 
 def exact_match(prediction: str, gold: str) -> bool:
-    """The training reward: the answer is the gold string, up to case and white space. An empty gold matches nothing.
-
-    Not up to punctuation: "1.45" is not "14.5", and the expected reward should stay near P (Proposition A.1).
-    """
+    """The training reward: the answer is the gold, up to case and white space. Not up to punctuation: "1.45" is not
+    "14.5", and the expected reward should stay near P (Proposition A.1)."""
     return surface(gold) != "" and surface(prediction) == surface(gold)
 
 
 def substring_match(prediction: str, gold: str) -> bool:
-    """The paper's evaluation: y* is a substring of the output, here up to case and white space.
-
-    Lenient by construction: "142" contains "42", "unknown" contains "no", and an output that lists every candidate is
-    correct. A gold that `normalize_answer` empties matches nothing. `verdicts` has stricter ones.
-    """
+    """The paper's evaluation: y* is a substring of the output, here up to case and white space. It is lenient: "142"
+    contains "42", "unknown" contains "no". A gold that `normalize_answer` empties matches nothing."""
     return normalize_answer(gold) != "" and surface(gold) in surface(prediction)
 
 
 def bare_words(text: str) -> str:
-    """`surface` without the punctuation at the ends of words; signs and decimal points (".5", not "...5") stay."""
-    return " ".join(filter(None, (LEFT_EDGE.sub("", word.rstrip(EDGES), 1) for word in surface(text).split())))
+    """`surface` without the punctuation at the ends of words; signs and decimal points (".5") stay."""
+    words = (LEFT_EDGE.sub("", word.rstrip(EDGES), 1) for word in surface(text).split())
+    return " ".join(filter(None, words))
 
 
 def words_key(text: str) -> str:
@@ -78,18 +73,18 @@ def words_key(text: str) -> str:
 
 
 def alias_match(prediction: str, alias: str) -> bool:
-    """Whether an alias is in the output as whole words: as a mere substring "US" would also be in "Australia"."""
+    """Whether an alias is in the output as whole words: "US" is also a substring of "Australia"."""
     return bare_words(alias) != "" and f" {bare_words(alias)} " in f" {bare_words(prediction)} "
 
 
 def correct(prediction: str, gold: str, aliases: Sequence[str] = ()) -> bool:
-    """The verdict behind p@1, p@n and maj@n: the gold is a substring of the output, or an alias is in it as words."""
+    """The verdict behind p@1, p@n and maj@n: the gold is in the output, or an alias is as whole words."""
     return substring_match(prediction, gold) or any(alias_match(prediction, alias) for alias in aliases)
 
 
-# --- 2. Numbers -------------------------------------------------------------------------------------------------------
+# --- 2. Numbers -------------------------------------------
 
-# ASCII digits only. Every repetition is over one class that the next part cannot start with: no backtracking.
+# ASCII digits only. Each repetition is over a class that the next part cannot start with: no backtracking.
 NUMBER = re.compile(r"((?<![\w.)%])-)?[$€£]? ?((?<![\w.)%])-)?"
                     r"((?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:(?<=[0-9])[eE][-+]?[0-9]{1,3}(?![0-9]))?)")
 GROUPED = re.compile(r"[0-9]*|[0-9]{1,3}(,[0-9]{3})+")
@@ -101,7 +96,7 @@ AFTER = re.compile(r"[.^/*][0-9]| ?k\b", re.I)
 UNIT = re.compile(r"\s{0,2}(?:(\\?%|(?:percent|per cent|pct)\b)|"
                   r"(thousand|million|mn|m|billion|bn|b|trillion|t)s?\b)", re.I)
 POWER = {"thousand": 3, "million": 6, "mn": 6, "m": 6, "billion": 9, "bn": 9, "b": 9, "trillion": 12, "t": 12}
-MAX_DIGITS = 28  # of a number, also the precision of Decimal: a longer run of digits is no answer
+MAX_DIGITS = 28  # of a number, also the precision of Decimal
 
 
 class Number(NamedTuple):
@@ -119,10 +114,7 @@ def plain_number(text: str) -> str:
 
 def parse_number(text: str, last: bool = True) -> Number | None:
     """The last (or first) number of a text, with its sign and unit; None if there is none, or only a part of one.
-
-    Reads $, thousands commas or spaces, a minus, and %, percent, thousand, million, billion or trillion after the
-    digits. Parentheses mean a negative number only where they enclose the whole text, as in accounts.
-    """
+    Parentheses mean a negative number only where they enclose the whole text, as in accounts."""
     text = plain_number(text)
     bracketed = text.startswith("(") and text.rstrip(" %.").endswith(")")
     matches = list(NUMBER.finditer(text))
@@ -168,9 +160,9 @@ def _same_number(number: Number, gold: Number) -> bool:
 def numeric_match(prediction: str, gold: str) -> bool:
     """Whether the last number of the prediction is the gold, for FinQA and ledger.
 
-    Allows: percent against fraction, more decimals than the gold (rounded to the gold's), $, commas, (negatives), a
-    unit (million, ...) that one side leaves out. A wrong sign, a power of ten or a missing decimal is wrong. yes/no:
-    the prediction has one of the two words and not the other. Golds that are neither: equal by `words_key`.
+    Allows percent against fraction, more decimals than the gold (rounded to the gold's), a unit (million, ...) that
+    one side leaves out. A wrong sign, a power of ten or a missing decimal is wrong. yes/no: the prediction has one of
+    the two words and not the other. Golds that are neither: equal by `words_key`.
     """
     if surface(gold) in ("yes", "no"):
         return set(normalize_answer(prediction).split()) & {"yes", "no"} == {surface(gold)}
@@ -182,10 +174,10 @@ def numeric_match(prediction: str, gold: str) -> bool:
     return found is not None and _same_number(found, wanted)
 
 
-# --- 3. Verdicts per dataset ------------------------------------------------------------------------------------------
+# --- 3. Verdicts ------------------------------------------
 
 def _overlap_f1(prediction: Sequence[str], gold: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall over bags of tokens."""
+    """Harmonic mean of precision and recall."""
     same = sum((Counter(prediction) & Counter(gold)).values())
     return 2 * same / (len(prediction) + len(gold)) if same else 0.0
 
@@ -208,7 +200,7 @@ def verdicts(dataset: str, prediction: str, gold: str, aliases: Sequence[str] = 
     """All verdicts on one answer, each in [0, 1].
 
     correct: by gold or alias. By the gold alone: paper, the paper's evaluation, and exact, the training reward. em, f1:
-    as the official evaluators of HotpotQA (gold alone) and MuSiQue (the best over gold and aliases) compute them.
+    as the official evaluators of HotpotQA (gold alone) and MuSiQue (the best of gold and aliases).
     numeric, for FinQA and ledger: `numeric_match` with gold or alias; FinQA's own evaluator cannot grade text.
     """
     golds = (gold, *aliases)
@@ -224,19 +216,19 @@ def verdicts(dataset: str, prediction: str, gold: str, aliases: Sequence[str] = 
 
 
 def aliases_of(record) -> tuple[str, ...]:
-    """What counts beside the gold: the aliases, and FinQA's computed value where it is the gold in another form."""
+    """What counts beside the gold: the aliases, and FinQA's value where it is the gold in another form."""
     if record.answer not in record.value and numeric_match(record.value, record.answer):
         return (*record.aliases, record.value)
     return record.aliases
 
 
-# --- 4. Metrics over samples ------------------------------------------------------------------------------------------
+# --- 4. Metrics over samples ------------------------------
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is correct, from c correct ones of n (Chen et al. 2021):
-    1 - C(n-c, k) / C(n, k). ValueError unless 0 <= c <= n and 1 <= k <= n."""
+    """Unbiased estimate of the chance that one of k samples is correct, from c correct ones of n (Chen et al. 2021).
+    ValueError unless 0 <= c <= n and 1 <= k <= n."""
     if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
+        raise ValueError(f"pass_at_k: n={n}, c={c}, k={k}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -251,22 +243,19 @@ def vote_key(answer: str) -> str:
     return f"{(number.value + 0).normalize():f}{'%' if number.percent else ''}"
 
 
-def _most_common(items: Iterable[str]) -> str:
-    return max(Counter(items).items(), key=lambda pair: pair[1], default=("", 0))[0]  # of equals the first
-
-
 def majority_vote(answers: Sequence[str]) -> str:
     """The answer that most samples agree on, in the form that most of them wrote; "" if all are empty.
 
     Votes are counted by `vote_key`, before any verdict. An empty answer has none. Ties go to what appears first.
     """
     keys = [vote_key(answer) for answer in answers]
-    winner = _most_common(filter(None, keys))
-    return _most_common(answer.strip() for answer, key in zip(answers, keys) if winner and key == winner)
+    ranked = Counter(filter(None, keys)).most_common(1)  # a Counter keeps the order of appearance in ties
+    forms = Counter(answer.strip() for answer, key in zip(answers, keys) if ranked and key == ranked[0][0])
+    return forms.most_common(1)[0][0] if ranked else ""
 
 
 def per_prompt(answers: Sequence[Sequence[str] | None], records: Sequence) -> dict[str, list[float]]:
-    """p@1, p@n and maj@n of every prompt, in [0, 1], from n samples for each; None, for a prompt that was too long,
+    """p@1, p@n and maj@n of every prompt, in [0, 1], from n samples each; None, a prompt that was too long,
     counts as wrong. ValueError if the lengths disagree."""
     sizes = {len(samples) for samples in answers if samples is not None}
     if len(answers) != len(records) or len(sizes) != 1 or 0 in sizes:
@@ -276,7 +265,9 @@ def per_prompt(answers: Sequence[Sequence[str] | None], records: Sequence) -> di
         gold, aliases = record.answer, aliases_of(record)
         hits.append(sum(correct(answer, gold, aliases) for answer in samples or ()))
         votes.append(float(correct(majority_vote(samples or ()), gold, aliases)))
-    return {"p@1": [pass_at_k(n, c, 1) for c in hits], f"p@{n}": [pass_at_k(n, c, n) for c in hits], f"maj@{n}": votes}
+    return {"p@1": [pass_at_k(n, c, 1) for c in hits],
+            f"p@{n}": [pass_at_k(n, c, n) for c in hits],
+            f"maj@{n}": votes}
 
 
 def summarize(answers: Sequence[Sequence[str] | None], records: Sequence) -> dict[str, float]:
@@ -291,7 +282,7 @@ def bootstrap_interval(values: Sequence[float], resamples: int = 1000, seed: int
     return means[round(0.025 * (resamples - 1))], means[round(0.975 * (resamples - 1))]
 
 
-# --- 5. Evaluation of a checkpoint ------------------------------------------------------------------------------------
+# --- 5. Evaluation of a checkpoint ------------------------
 
 FROM_RUN = ("data", "start", "prompt_limit", "think_budget", "answer_budget", "rollout", "eval_samples", "dtype",
             "seed")  # fields of tsallis_rl.Config
@@ -300,8 +291,8 @@ RULES = """  p@1, p@n, maj@n: a sample, any of n, the majority vote has the gold
 
 
 def settings_of(given: dict, split: str):
-    """The evaluation's Config: of a run's checkpoint (RUN/best, RUN/last) as the run had it, but for what is given; on
-    the validation split that includes the number of prompts."""
+    """The evaluation's Config. For RUN/best and RUN/last it is the run's, on the validation split with the number of
+    prompts, but for what is given."""
     import tsallis_rl
     path = user_path(given["model"]).parent / "config.json"
     saved = read_object(path).get("settings") or {}
@@ -317,7 +308,7 @@ def settings_of(given: dict, split: str):
 
 
 def grade(dataset: str, record, samples: Sequence[str] | None) -> dict:
-    """One line of the per-example JSONL: the samples (null: the prompt was too long), the vote and all verdicts."""
+    """One line of the per-example JSONL; null instead of samples where the prompt was too long."""
     vote, aliases = majority_vote(samples or ()), aliases_of(record)
     results = [verdicts(dataset, answer, record.answer, aliases) for answer in samples or ("",)]
     return {"id": record.id, "gold": record.answer, "aliases": aliases, "answers": samples, "vote": vote,
@@ -325,7 +316,7 @@ def grade(dataset: str, record, samples: Sequence[str] | None) -> dict:
 
 
 def tabulate(lines: list[dict], n: int) -> dict[str, tuple[float, float, float]]:
-    """{metric: (value, low, high)} in percent: p@1, p@n and maj@n by each of `verdicts`, "correct" without its name."""
+    """{metric: (value, low, high)} in percent: p@1, p@n, maj@n by each of `verdicts`; "correct" is not named."""
     columns = {}
     for verdict in lines[0]["vote_verdicts"]:
         prefix = "" if verdict == "correct" else f"{verdict} "
@@ -338,7 +329,7 @@ def tabulate(lines: list[dict], n: int) -> dict[str, tuple[float, float, float]]
 
 
 def evaluate(given: dict, split: str = "test", out: str | None = None, overwrite: bool = False) -> None:
-    """Loads, samples, grades; prints the table and its Markdown row, then writes the per-example JSONL."""
+    """Loads, samples, grades; prints the table, then writes the per-example JSONL."""
     import tsallis_rl
     config = settings_of(given, split)
     records = load(config.data, split, config.limit)
@@ -362,14 +353,14 @@ def evaluate(given: dict, split: str = "test", out: str | None = None, overwrite
     say(f"answers in {path}")
 
 
-# --- 6. Figures -------------------------------------------------------------------------------------------------------
+# --- 6. Figures -------------------------------------------
 
 PANELS = {"val_maj@": "validation maj@n (%)", "log_P_mean": "mean log P",
           "effective_reward_max": "largest (w_m / wbar^q) / M^q", "amplified_advantage_max": "largest c_m / M^q"}
 
 
 def read_curve(run: str, panel: str) -> list[tuple[float, float]]:
-    """(step, value) of a panel from RUN/metrics.jsonl; what is no number that a figure can show is left out."""
+    """(step, value) of a panel from RUN/metrics.jsonl, where both are numbers that a figure can show."""
     rows = read_log(user_path(run) / "metrics.jsonl")
     points = [(row.get("step"), value) for row in rows for key, value in row.items() if key.startswith(panel)]
     return [point for point in points if all(type(x) in (int, float) and abs(x) < 1e30 for x in point)]
@@ -399,10 +390,10 @@ def plot(runs: list[str], out: str) -> None:
     say(f"wrote {out}")
 
 
-# --- 7. Command line --------------------------------------------------------------------------------------------------
+# --- 7. Command line --------------------------------------
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """Evaluates or plots, as the command line says."""
+    """Evaluates or plots."""
     import tsallis_rl
     parser = Parser(prog="eval.py", description="Evaluate a checkpoint, or plot runs.")
     mode = parser.add_mutually_exclusive_group(required=True)
@@ -410,7 +401,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     add_settings(mode, tsallis_rl.Config, ["model"])
     add_settings(parser, tsallis_rl.Config, (*FROM_RUN, "limit", "gpu_share", "token_budget"))
     parser.add_argument("--split", choices=SPLITS, help="Which part of the data. Default: test.")
-    parser.add_argument("--out", help="The per-example JSONL, or the PNG of --plot. Default: a name by model and data.")
+    parser.add_argument("--out", help="The per-example JSONL, or the PNG of --plot.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the JSONL if it exists.")
     given = vars(parser.parse_args(argv))
     own = {name: given.pop(name) for name in ("plot", "split", "out", "overwrite") if name in given}

@@ -51,7 +51,7 @@ class Record:
     value: str = ""
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
+# --- Files ------------------------------------------------
 
 def _read_rows(path: Path) -> list[dict]:
     """The rows of an official benchmark file: one JSON list, or JSONL."""
@@ -78,26 +78,25 @@ def checked(record: Record, where: str) -> Record:
 
 
 def texts(value, kind: type = str) -> list:
-    """value, a list of strings (or of `kind`); TypeError for anything else: a string would be taken for its letters."""
+    """value, a list of strings (or of `kind`). TypeError for others: a string would be taken for its letters."""
     if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
         raise TypeError(f"{value!r:.40} is not a list of {kind.__name__}")
     return value
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Records of a JSONL file, in file order. UserError on anything malformed and on a record without an answer."""
-    return [_record(row, f"{path}, line {number}") for number, row in read_jsonl(path)]
+    """Records of a JSONL file, in file order. UserError for anything malformed."""
+    records = []
+    for number, row in read_jsonl(path):
+        where, aliases = f"{path}, line {number}", row.get("aliases") or []
+        if not isinstance(aliases, list):
+            raise UserError(f"{where}: 'aliases' must be a list of strings")
+        fields = map(row.get, ("id", "warm_prompt", "cold_prompt", "answer"))
+        records.append(checked(Record(*fields, aliases=tuple(aliases)), where))
+    return records
 
 
-def _record(row: dict, where: str) -> Record:
-    try:
-        aliases = tuple(texts(row.get("aliases") or []))
-    except TypeError:
-        raise UserError(f"{where}: 'aliases' must be a list of strings") from None
-    return checked(Record(*map(row.get, ("id", "warm_prompt", "cold_prompt", "answer")), aliases=aliases), where)
-
-
-# --- Draws ------------------------------------------------------------------------------------------------------------
+# --- Draws ------------------------------------------------
 
 def draw(groups: Sequence[str | None], sizes: Sequence[int]) -> list[list[int]]:
     """Disjoint index lists of the given sizes, in the order of SHA-256(SEED, group).
@@ -120,7 +119,7 @@ def draw(groups: Sequence[str | None], sizes: Sequence[int]) -> list[list[int]]:
     return parts
 
 
-# --- FinQA ------------------------------------------------------------------------------------------------------------
+# --- FinQA ------------------------------------------------
 
 AMOUNT = re.compile(r"(\()? ?([-+]?) ?(\$?) ?([-+]?)([0-9][0-9,]*)?(\.[0-9]+)? ?(%|(?:thousand|million|billion)\b)?")
 
@@ -183,7 +182,7 @@ def finqa_group(row: dict) -> str | None:
     return row["filename"] if usable(clean_finqa_gold(row.get("qa", row).get("answer") or "")) else None
 
 
-# --- HotpotQA and MuSiQue ---------------------------------------------------------------------------------------------
+# --- HotpotQA and MuSiQue ---------------------------------
 
 def _prompts(id_: str, task: str, context: str, question: str, form: str, gold: str, **more) -> Record:
     cold = f"{context}\n\nQuestion: {question.strip()}"
@@ -222,7 +221,7 @@ def multi_hop_group(row: dict) -> str | None:
     return row.get("_id") or row["id"] if row.get("answerable", True) and usable(row.get("answer") or "") else None
 
 
-# --- Benchmarks: the Hub, official files, the paper's subsets ---------------------------------------------------------
+# --- Benchmarks: the Hub, official files, the paper's subsets 
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -238,11 +237,6 @@ class Benchmark:
     group_columns: tuple[str, ...]      # the Hub's columns that `group` reads
     record: Callable[[dict], Record]
 
-    @property
-    def public_test(self) -> bool:
-        """Whether all three official splits have answers: they are then used whole."""
-        return len(set(self.hub_splits)) == 3
-
 
 BENCHMARKS = {
     "finqa": Benchmark(  # the owner was renamed bevaya since; the Hub forwards the name, the commit is the same
@@ -253,13 +247,11 @@ BENCHMARKS = {
         "hotpotqa/hotpot_qa", "distractor", "1908d6afbbead072334abe2965f91bd2709910ab",
         ("train", "validation", "validation"),
         ("hotpot_train_v1.1.json", "hotpot_dev_distractor_v1.json", "hotpot_dev_distractor_v1.json"),
-        "the HotpotQA home page",
-        (9067, 342, 343), multi_hop_group, ("id", "answer"), hotpotqa_record),
+        "the HotpotQA home page", (9067, 342, 343), multi_hop_group, ("id", "answer"), hotpotqa_record),
     "musique": Benchmark(
         "dgslibisey/MuSiQue", None, "c8f4f8c9465fb69d31a8eae894c3fd509c4ca321", ("train", "validation", "validation"),
         ("musique_ans_v1.0_train.jsonl", "musique_ans_v1.0_dev.jsonl", "musique_ans_v1.0_dev.jsonl"),
-        "StonyBrookNLP/musique on GitHub",
-        (9985, 579, 445), multi_hop_group, ("id", "answer"), musique_record),
+        "StonyBrookNLP/musique on GitHub", (9985, 579, 445), multi_hop_group, ("id", "answer"), musique_record),
 }
 
 
@@ -283,7 +275,7 @@ def _find_file(folder: Path, name: str, split: str) -> tuple[Path, tuple[str, ..
         files = (*files[:2], files[1])  # without FinQA's test.json its dev.json serves for both
     file = folder / files[SPLITS.index(split)]
     if not file.exists():
-        raise UserError(f"{folder} has no {file.name} (as in {BENCHMARKS[name].home}); one file of any name is passed as "
+        raise UserError(f"{folder} has no {file.name} (see {BENCHMARKS[name].home}); a single file may have any name: "
                         f"--data {name}:FILE")
     return file, tuple(split for split, other in zip(SPLITS, files) if other == file.name)
 
@@ -294,7 +286,7 @@ def _shares(rows: int, splits: tuple[str, ...], spec: Benchmark) -> list[int]:
         tenth = max(1, round(rows / 10))
         return [rows - 2 * tenth, tenth, tenth]
     paper = [spec.sizes[SPLITS.index(split)] for split in splits]
-    total = rows if spec.public_test else min(rows, sum(paper))
+    total = rows if len(set(spec.files)) == 3 else min(rows, sum(paper))  # FinQA's three files are used whole
     first = round(total * paper[0] / sum(paper))
     return [first, total - first][:len(splits)]
 
@@ -331,7 +323,7 @@ def _load_benchmark(name: str, path: Path | None, split: str, limit: int | None)
     return records
 
 
-# --- The one entry ----------------------------------------------------------------------------------------------------
+# --- The one entry ----------------------------------------
 
 def dataset_name(data: str) -> str:
     """What eval.score takes: ledger, finqa, hotpotqa, musique (also with :PATH), or custom for everything else."""

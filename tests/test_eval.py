@@ -293,8 +293,8 @@ def test_an_evaluation_writes_every_answer_and_prints_a_markdown_row(tmp_path, s
     assert lines[1] == {"id": "q1", "gold": "1", "aliases": [], "answers": ["1", "9"], "vote": "1",
                         "verdicts": [right, wrong], "vote_verdicts": right}
     printed = capsys.readouterr().out
-    assert ("| model | data | prompts | p@1 | p@2 | maj@2 | paper p@1 | paper p@2 | paper maj@2 | exact p@1 | exact p@2 "
-            "| exact maj@2 |" in printed)
+    assert ("| model | data | prompts | p@1 | p@2 | maj@2 | paper p@1 | paper p@2 | paper maj@2 "
+            "| exact p@1 | exact p@2 | exact maj@2 |" in printed)
     assert "50.0 [50.0, 50.0] | 100.0 [100.0, 100.0]" in printed
     assert "prompts fit" not in printed and "the paper's rule" in printed
 
