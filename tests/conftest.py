@@ -1,30 +1,61 @@
-"""Small real models: the shipped lab model, and random ones of other shapes."""
+"""Small real models: the shipped lab model, and random ones of other shapes. No test needs a GPU or the Hub.
+
+A GPU is hidden, so that the suite does the same on every machine; `pytest -m gpu` shows it and runs the tests for it alone.
+"""
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tsallis_rl import LAB_MODEL, Config, load_model, resolve  # before transformers: see its guard
-
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=512, initializer_range=0.2)
+
+
+def pytest_configure(config):
+    """Before any test module imports torch."""
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; run by `pytest -m gpu` alone")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config, items):
+    """A gpu test is skipped unless it is asked for."""
+    for item in items:
+        if "gpu" in item.keywords and config.option.markexpr != "gpu":
+            item.add_marker(pytest.mark.skip(reason="for a GPU: pytest -m gpu"))
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """`main` in this process sets handlers for its run: pytest gets its own back."""
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
 
 
 @pytest.fixture(scope="session")
 def lab():
     """(model, format) of the lab model."""
-    return load_model(LAB_MODEL)
+    import torch
+
+    from tsallis_rl import LAB_MODEL, load_model
+    return load_model(LAB_MODEL, torch.device("cpu"))
 
 
 @pytest.fixture(params=["qwen3", "llama"])
 def random_model(request, lab):
     """A random model over the lab model's vocabulary; wide initialisation, so that log-probabilities differ, and larger
     weights for the tokens that end a rationale, so that some do."""
+    import torch
+
+    from data.models import ATTENTION  # before transformers: see its guard
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
     torch.manual_seed(0)
     vocabulary, fmt = lab[0].config.vocab_size, lab[1]
     if request.param == "qwen3":
@@ -33,11 +64,12 @@ def random_model(request, lab):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=False, **SHAPE))
     with torch.no_grad():
         model.get_output_embeddings().weight[[fmt.close[0], fmt.end]] *= 3
-    model.set_attn_implementation("grouped_sdpa")  # as load_model does
+    model.set_attn_implementation(ATTENTION)  # as load_model does
     return model.eval()
 
 
 @pytest.fixture
 def config():
     """Resolved settings with overrides: config(q=0.5, method="garl")."""
+    from tsallis_rl import Config, resolve
     return lambda **changes: resolve(Config(**changes))

@@ -10,7 +10,8 @@ import math
 import pytest
 import torch
 
-from tsallis_rl import (garl_coefficients, grpo_coefficients, log_q, paft_coefficients, surrogate_loss, tsallis_loss)
+from tsallis_rl import (garl_coefficients, grpo_coefficients, log_q, paft_coefficients, resample, surrogate_loss,
+                        tsallis_loss)
 
 QS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TOL = 1e-10  # float64 sums over at most a few thousand pools
@@ -47,27 +48,26 @@ class Tiny:
         return total
 
 
-def all_draws(log_w, q, K, monkeypatch):
-    """E[PAFT coefficients | pool], by handing the real function every possible outcome of its resampling."""
+def all_draws(log_w, q, K):
+    """E[PAFT coefficients | pool], by handing them every possible outcome of the resampling."""
     M, posterior = len(log_w), log_w.softmax(-1)
-    mean = [torch.zeros_like(log_w), torch.zeros_like(log_w)]
+    mean = torch.zeros_like(log_w)
     for draw in itertools.product(range(M), repeat=K):
-        drawn = torch.tensor([draw])
-        monkeypatch.setattr(torch, "multinomial", lambda *_, drawn=drawn, **__: drawn)
-        for total, value in zip(mean, paft_coefficients(log_w, q, K)):
-            total += posterior[drawn[0]].prod() * value
-    monkeypatch.undo()
-    return tuple(mean)
+        n = torch.bincount(torch.tensor(draw), minlength=M).double()
+        a, b = paft_coefficients(log_w, q, n)
+        assert torch.equal(a, b)
+        mean += posterior[list(draw)].prod() * a
+    return mean, mean
 
 
 @pytest.mark.parametrize("q", QS)
 @pytest.mark.parametrize("shift", (0.0, 8.0))
-def test_garl_with_and_without_baseline_and_paft_have_one_expected_gradient(q, shift, monkeypatch):
+def test_garl_with_and_without_baseline_and_paft_have_one_expected_gradient(q, shift):
     model, M = Tiny(shift=shift), 3
     plug_in = model.expected_gradient(lambda log_w: garl_coefficients(log_w, q, baseline=False), M)
     centred = model.expected_gradient(lambda log_w: garl_coefficients(log_w, q), M)
-    paft = model.expected_gradient(lambda log_w: all_draws(log_w, q, M, monkeypatch), M)
-    paft_2 = model.expected_gradient(lambda log_w: all_draws(log_w, q, 2, monkeypatch), M)
+    paft = model.expected_gradient(lambda log_w: all_draws(log_w, q, M), M)
+    paft_2 = model.expected_gradient(lambda log_w: all_draws(log_w, q, 2), M)
     assert plug_in.abs().max() > 0
     for other in (centred, paft, paft_2):
         torch.testing.assert_close(other, plug_in, rtol=0, atol=TOL)
@@ -151,11 +151,26 @@ def test_the_loss_is_finite_and_differentiable_however_small_P_is():
 def test_coefficients_stay_finite_for_any_mixture_of_weights(q, log_w):
     log_w = torch.tensor(log_w)
     a, b = garl_coefficients(log_w, q)
-    n, _ = paft_coefficients(log_w, q)
-    for x in (a, b, n):
+    n = resample(log_w, 4)
+    assert n.sum() == 4 and n.dtype == torch.float64
+    for x in (a, b, *paft_coefficients(log_w, q, n)):
         assert x.isfinite().all() and x.shape == log_w.shape and x.dtype == log_w.dtype and not x.requires_grad
     assert (4 * b).max() <= 1 + 1e-6  # the effective reward never exceeds 1
     assert b[log_w.argmax()] == b.max()
+
+
+@pytest.mark.parametrize("q", QS)
+def test_the_coefficients_are_the_written_out_formulas(q):
+    w, n, K = [0.5, 0.1, 0.02, 0.3], [2.0, 0.0, 1.0, 3.0], 6
+    M, wbar = len(w), sum(w) / len(w)
+    others = [(sum(w) - x) / (M - 1) for x in w]  # wbar_{-m}: the mean of M - 1
+    c = [x / wbar**q - y ** (1 - q) for x, y in zip(w, others)]  # (12)
+    log_w = torch.tensor(w, dtype=torch.float64).log()
+    a, b = garl_coefficients(log_w, q)
+    assert a.tolist() == pytest.approx([x / (M * M**q) for x in c], rel=1e-12)
+    assert b.tolist() == pytest.approx([x / wbar**q / (M * M**q) for x in w], rel=1e-12)
+    a, b = paft_coefficients(log_w, q, torch.tensor(n, dtype=torch.float64))
+    assert torch.equal(a, b) and a.tolist() == pytest.approx([wbar ** (1 - q) * k / (K * M**q) for k in n], rel=1e-12)
 
 
 def test_leave_one_out_does_not_cancel_when_one_weight_dominates():
@@ -193,7 +208,7 @@ def test_resampling_adds_exactly_the_variance_of_the_draws(q):
 def test_where_no_rollout_succeeds_the_estimators_still_have_a_gradient_and_grpo_has_none():
     log_w = torch.tensor([-13.0, -14.0, -15.0, -18.0])  # P near 1e-6
     for q in QS:
-        assert garl_coefficients(log_w, q)[0].abs().min() > 0 and paft_coefficients(log_w, q)[0].sum() > 0
+        assert garl_coefficients(log_w, q)[0].abs().min() > 0 and paft_coefficients(log_w, q, resample(log_w, 4))[0].sum() > 0
     ratios = [garl_coefficients(log_w, q)[1].sum() / garl_coefficients(log_w, 0.0)[1].sum() * 4**q for q in QS]
     P = log_w.exp().mean()
     assert [r.item() for r in ratios] == pytest.approx([(P**-q).item() for q in QS], rel=1e-4)  # amplified by P^-q
@@ -207,14 +222,15 @@ def test_at_q_1_garl_is_the_iwae_gradient_and_its_centred_weights_sum_to_zero():
     torch.testing.assert_close(8 * b, log_w.softmax(-1), rtol=1e-12, atol=0)  # M^q = 8: normalised importance weights
 
 
-def test_paft_counts_its_draws_and_repeats_them_with_the_same_generator():
-    log_w, q, K = torch.tensor([[-1.0, -2.0, -3.0], [-1e4, -1e4, -9990.0]], dtype=torch.float64), 0.5, 50
-    draws = [paft_coefficients(log_w, q, K, torch.Generator().manual_seed(7))[0] for _ in range(2)]
-    assert torch.equal(*draws)
-    scale = ((1 - q) * (log_w.logsumexp(-1) - math.log(3))).exp() / (K * 3**q)
-    n = draws[0][0] / scale[0]
-    torch.testing.assert_close(n, n.round(), rtol=0, atol=1e-9)
-    assert n.sum().round() == K and (n > 0).sum() >= 2
+def test_the_resampling_draws_K_by_likelihood_and_repeats_itself_with_the_same_generator():
+    log_w, K = torch.tensor([[-1.0, -2.0, -3.0], [-1e4, -1e4, -9990.0], [-1e4, -1e4, -1e4]]), 200_000
+    n = resample(log_w, K, torch.Generator().manual_seed(7))
+    assert torch.equal(n, resample(log_w, K, torch.Generator().manual_seed(7))) and n.shape == log_w.shape
+    assert not torch.equal(n, resample(log_w, K, torch.Generator().manual_seed(8)))
+    assert torch.equal(n, n.round()) and (n.sum(-1) == K).all()
+    posterior = log_w.double().softmax(-1)  # (13)
+    error = (posterior * (1 - posterior) / K).sqrt()
+    assert ((n / K - posterior).abs() <= 5 * error + 1e-12).all()  # five standard errors of a share
 
 
 def test_what_no_estimator_can_use_is_refused():
@@ -223,11 +239,11 @@ def test_what_no_estimator_can_use_is_refused():
         garl_coefficients(log_w, 0.5)
     garl_coefficients(log_w, 0.5, baseline=False)
     for q in (-0.1, 1.1, math.nan):
-        for function in (garl_coefficients, paft_coefficients, tsallis_loss, log_q):
+        for function in (garl_coefficients, lambda u, q: paft_coefficients(u, q, u), tsallis_loss, log_q):
             with pytest.raises(ValueError):
-                function(torch.zeros(3, 4) if function is not log_q else torch.ones(3), q)
+                function(torch.ones(3, 4), q)
     with pytest.raises(ValueError):
-        paft_coefficients(torch.zeros(4), 0.5, K=0)
+        resample(torch.zeros(4), 0)
 
 
 def test_the_paper_s_escort_minimiser_is_where_the_loss_is_stationary():
