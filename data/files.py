@@ -192,7 +192,7 @@ def replace_folder(new: str | Path, folder: str | Path) -> None:
 
 
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """`replace_folder` with a new one that write(path) fills. UserError when that fails, the old one being untouched."""
+    """`replace_folder` with a new one that write(path) fills. UserError when that fails; the old one is untouched."""
     new = folder.with_name(folder.name + ".new")
     try:
         shutil.rmtree(new, ignore_errors=True)
@@ -324,15 +324,15 @@ def check_settings(config) -> None:
 
 
 def resumed(path: Path, given: dict, may_change: Collection[str], config: type) -> dict:
-    """The settings that a run's config.json keeps, changed as given where that is allowed. UserError for another change,
-    and where the program's settings are no longer those of the run."""
+    """The settings that a run's config.json keeps, changed as given where that is allowed. UserError for another
+    change, and where the program's settings are no longer those of the run."""
     saved = read_object(path).get("settings")
     if not isinstance(saved, dict) or set(saved) != {f.name for f in fields(config)}:
         raise UserError(f"{path} does not hold the settings that this version of the program has")
     for name, value in given.items():
         if name not in may_change and value not in (saved[name], "auto"):
-            raise UserError(f"{path}: the run has --{name.replace('_', '-')} {saved[name]}, not {value}; start a new run to "
-                            "change that")
+            raise UserError(f"{path}: the run has --{name.replace('_', '-')} {saved[name]}, not {value}; start a new "
+                            "run to change that")
     return saved | given
 
 

@@ -125,8 +125,8 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], begun: list[list[in
            ended: Callable[[list[int]], bool]) -> list[tuple[list[int], list[float]]]:
     """Row j continues prompts[j] + begun[j] at temperature 1, until ended(ids) or for `budget` tokens: (ids, log p).
 
-    Equal prompts that stand together run once (two tokens at least), and rows that ended leave the batch. A token inverts
-    the distribution function at a uniform number from the row's own seed: a row does not depend on the others.
+    Equal prompts that stand together run once (two tokens at least), and rows that ended leave the batch. A token
+    inverts the distribution function at a uniform number from the row's own seed: a row does not depend on others.
     """
     def next_logits() -> Tensor:
         position = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
