@@ -19,6 +19,7 @@ def pytest_configure(config):
     """Before any test module imports torch."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device; run by `pytest -m gpu` alone")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would wait for one another
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
