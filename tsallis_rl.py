@@ -447,7 +447,7 @@ class HFRollouts:
     def sample(self, prompts: list[list[int]], begun: list[list[int]], seeds: list[int], budget: int, thinking: bool,
                scored: bool) -> list[Sampled]:
         """Row j continues prompts[j] + begun[j] by at most `budget` tokens, through the end token or, when thinking,
-        </think>. Rows of one prompt stand together."""
+        </think>."""
         longest = max((len(p) + len(b) for p, b in zip(prompts, begun)), default=0) + budget
         size = max(1, 16 * self.config.token_budget // longest)  # a cached token is about a twentieth of a trained one
         parts = [slice(i, i + size) for i in range(0, len(prompts), size)]

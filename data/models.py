@@ -5,7 +5,6 @@ Nothing here knows the method. `attention` serves a prompt that is shared by man
 """
 import sys
 from collections.abc import Callable
-from itertools import groupby
 from pathlib import Path
 
 # Text needs none of these, and a build of theirs that does not match torch's breaks the import of transformers.
@@ -84,7 +83,7 @@ class RoomyLayer(DynamicLayer):
     """Rows of a layer's cache with room for what is to come: DynamicLayer copies all it holds for each token, which is
     a quarter of the time of rollouts and 7% of the default run."""
 
-    def __init__(self, layer: DynamicLayer, rows: list[int], room: int):
+    def __init__(self, layer: DynamicLayer, rows: Tensor, room: int):
         super().__init__()
         self.is_initialized, self.length = True, layer.keys.shape[-2]
         self.store = [F.pad(x[rows].to(layer.values), (0, 0, 0, room)) for x in (layer.keys, layer.values)]
@@ -125,7 +124,7 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], begun: list[list[in
            ended: Callable[[list[int]], bool]) -> list[tuple[list[int], list[float]]]:
     """Row j continues prompts[j] + begun[j] at temperature 1, until ended(ids) or for `budget` tokens: (ids, log p).
 
-    Equal prompts that stand together run once (two tokens at least), and rows that ended leave the batch. A token
+    Equal prompts (two tokens at least) run once, equal beginnings too, and rows that ended leave the batch. A token
     inverts the distribution function at a uniform number from the row's own seed: a row does not depend on others.
     """
     def next_logits() -> Tensor:
@@ -133,29 +132,35 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], begun: list[list[in
         return model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
                      logits_to_keep=1).logits[:, -1].float()  # (R, V)
 
-    groups = [(prompt, len(list(rows))) for prompt, rows in groupby(prompts)]
-    cache, samples, running = DynamicCache(config=model.config), [([], []) for _ in seeds], list(range(len(seeds)))
-    ids, mask = _left_padded([prompt[:-1] for prompt, _ in groups], model.device)
+    rows = [(tuple(prompt), tuple(b)) for prompt, b in zip(prompts, begun)]
+    contexts = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in rows))}
+    cache, device = DynamicCache(config=model.config), model.device
+    ids, mask = _left_padded([prompt[:-1] for prompt in distinct], device)
     next_logits()
-    row_of = [i for i, (_, n) in enumerate(groups) for _ in range(n)]  # from here on a row is a sample
-    ids, more = _left_padded([[prompt[-1], *b] for prompt, b in zip(prompts, begun)], model.device)
-    mask = torch.cat([mask[row_of], more], 1)
-    cache = Cache(layers=[RoomyLayer(layer, row_of, ids.shape[1] + budget) for layer in cache.layers])
+    index = torch.tensor([distinct[prompt] for prompt, _ in contexts], device=device)
+    ids, more = _left_padded([(prompt[-1], *b) for prompt, b in contexts], device)
+    mask = torch.cat([mask[index], more], 1)
+    cache = Cache(layers=[RoomyLayer(layer, index, ids.shape[1] + budget) for layer in cache.layers])
+    logits, index = next_logits(), torch.tensor([contexts[row] for row in rows], device=device)
+    cache.batch_select_indices(index)
+    mask, logits, running, samples = mask[index], logits[index], list(range(len(rows))), [([], []) for _ in rows]
     uniform = torch.stack([torch.rand(budget, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-                           for seed in seeds]).to(model.device)  # (R, T)
+                           for seed in seeds]).to(device)  # (R, T)
     for t in range(budget):
-        token, log_p = draw(next_logits(), uniform[:, t])
+        token, log_p = draw(logits, uniform[:, t])
         for j, i, x in zip(running, token.tolist(), log_p.tolist()):
             samples[j][0].append(i)
             samples[j][1].append(x)
         keep = [row for row, j in enumerate(running) if not ended(samples[j][0])]
-        if not keep:
+        if not keep or t + 1 == budget:
             break
         if len(keep) < len(running):
-            index, running = torch.tensor(keep, device=model.device), [running[row] for row in keep]
+            index, running = torch.tensor(keep, device=device), [running[row] for row in keep]
             cache.batch_select_indices(index)
             mask, uniform, token = mask[index], uniform[index], token[index]
         ids, mask = token.unsqueeze(1), F.pad(mask, (0, 1), value=1)
+        logits = next_logits()
     return samples
 
 
