@@ -221,7 +221,7 @@ def multi_hop_group(row: dict) -> str | None:
     return row.get("_id") or row["id"] if row.get("answerable", True) and usable(row.get("answer") or "") else None
 
 
-# --- Benchmarks: the Hub, official files, the paper's subsets 
+# --- Benchmarks: the Hub, official files, the subsets -----
 
 @dataclass(frozen=True)
 class Benchmark:

@@ -419,7 +419,7 @@ def test_importing_the_verifiers_stays_light():
 def test_a_plot_of_runs_is_a_png_whatever_a_run_is_called_and_while_it_goes_on(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    names = ("a", "q$0.5$ {x_", "$", "just started", "_b")
+    names = ("a", "q$0.5$ {x_", "$\\bad$", "just started", "_b")
     for run in names:
         (tmp_path / run).mkdir()
         steps = ({"step": i, "log_P_mean": -5 + i, "effective_reward_max": 0.1 * i, "amplified_advantage_max": 0.1}
