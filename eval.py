@@ -88,10 +88,10 @@ def correct(prediction: str, gold: str, aliases: Sequence[str] = ()) -> bool:
 NUMBER = re.compile(r"((?<![\w.)%])-)?[$€£]? ?((?<![\w.)%])-)?"
                     r"((?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:(?<=[0-9])[eE][-+]?[0-9]{1,3}(?![0-9]))?)")
 GROUPED = re.compile(r"[0-9]*|[0-9]{1,3}(,[0-9]{3})+")
-SPACED = re.compile(r"(?<![\w.,])[0-9]{1,3}(?:[ '_\u00a0\u2009\u202f][0-9]{3}(?![0-9]))+")
+SPACED = re.compile(r"(?<![\w.,])[0-9]{1,3}(?:[ \u00a0\u2009\u202f][0-9]{3}(?![0-9]))+")
 MINUS = re.compile(r"(?:\b(?:minus|negative) ?|[-\u2010-\u2015\u2212\ufe63\uff0d])\(?(?=[$€£]?[.0-9])|\u2212", re.I)
 # Digits behind or before these are no number by themselves: 1.000.000, 0x42, 1e9999, 2^42, 1/42, 6 * 7, 42k.
-BEFORE = re.compile(r"([0-9][.,'_·\uff0cex]-?|[\w)] ?[\^/÷×] ?|[0-9)] ?[*+] ?|[0-9]\*\*)[-+($]*$", re.I)
+BEFORE = re.compile(r"([0-9][.,'_·\uff0cex]|[\w)] ?[\^/÷×] ?|[0-9)] ?[*+] ?|[0-9]\*\*)[-+($]*$", re.I)
 AFTER = re.compile(r"[.^/*][0-9]| ?k\b", re.I)
 UNIT = re.compile(r"\s{0,2}(?:(\\?%|(?:percent|per cent|pct)\b)|"
                   r"(thousand|million|mn|m|billion|bn|b|trillion|t)s?\b)", re.I)

@@ -143,6 +143,7 @@ def test_the_papers_sizes_are_drawn_from_enough_rows():
     assert [len(part) for part in parts] == [342, 343] and not set(parts[0]) & set(parts[1])
     for name, train in (("hotpotqa", 9067), ("musique", 9985)):
         assert data._shares(20000, ("train",), data.BENCHMARKS[name]) == [train]
+    assert data._shares(20000, ("train",), data.BENCHMARKS["finqa"]) == [20000], "all that there is"
     assert data._shares(2417, ("validation", "test"), data.BENCHMARKS["musique"]) == [579, 445]
 
 
@@ -189,6 +190,13 @@ def test_own_records_are_read_as_they_are(tmp_path):
                                          ("ledger:x", "custom")])
 def test_the_name_of_a_dataset_decides_how_it_is_scored(value, name):
     assert data.dataset_name(value) == name
+
+
+def test_a_paragraph_without_its_title_is_an_error(tmp_path):
+    row = hotpotqa_row() | {"context": {"title": ["Notes", "Engines"], "sentences": [["The notes are old."]]}}
+    write_json(tmp_path / "hotpot_train_v1.1.json", [row])
+    with pytest.raises(UserError, match="row 1: not in hotpotqa's official format"):
+        load(f"hotpotqa:{tmp_path}", "train")
 
 
 # --- The Hub ----------------------------------------------------------------------------------------------------------
@@ -310,7 +318,8 @@ def test_a_benchmarks_row_with_such_an_answer_is_dropped_like_one_without(answer
 
 
 @pytest.mark.parametrize("row", [
-    finqa_row() | {"table": None}, 3, {"filename": "x", "qa": {"answer": "1"}}, hotpotqa_row()])
+    finqa_row() | {"table": None}, 3, {"filename": "x", "qa": {"answer": "1"}}, hotpotqa_row(),
+    *(finqa_row() | change for change in ({"pre_text": "letters"}, {"post_text": "letters"}, {"table": ["letters"]}))])
 def test_a_row_in_another_format_is_named(row, tmp_path):
     write_json(tmp_path / "train.json", [finqa_row(), row])
     with pytest.raises(UserError, match="row 2: not in finqa's official format") as error:

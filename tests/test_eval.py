@@ -88,12 +88,14 @@ WRONG += [(text, "42") for text in (
     "42k", "42 K", "1,42", "1,1,42", "2^42", "x^42", "2**42", "1/42", "1 / 42", "6 * 42", "6 \u00d7 42", "1+42", "0x42",
     "1e9042", "1e-1042", "1.000.042", "1 042", "1'042", "1_042", "1\uff0c42", "\u066342", "42\u00b2", "42\u00bd")]
 WRONG += [("1 000 000", "0"), ("1 000 000", "1"), ("1.000.000", "0"), ("1,00,000", "0"), ("42", "1/42"), ("42", "42k"),
+          ("1", "1/42"), ("2", "2^42"), ("(0.145)%", "-14.5%"),
           ("103.7B", "$103.7 million"), ("1,234", "12,34"), ("42", "2^42")]
 RIGHT += [(text, "42") for text in (
     "**42**", "the total **is** 42", "2. 42", "2010\u20132012: 42", "answer\u201442", "x=42", "42, I think", "+42",
     "The answer \u2014 42", "'42'", "US$42", "\u20ac42", "Q3 42")]
 RIGHT += [("\u201342", "-42"), ("minus 42", "-42"), ("1 000 000", "1000000"), ("42M", "42"),
           ("1,000,000", "1 000 000"), ("103.7M", "$103.7 million"), ("1/42", "1/42"), ("In Q3 500 stores", "500"),
+          ("1" * 30 + ".", "1" * 30), ("(14.5)%", "-14.5%"),
           ("12.35", "12.3"), ("12.35", "12.4"), ("-0.125", "-12%"), ("0.125", "13%")]  # a half rounds either way
 WRONG += [("12.3501", "12.3"), ("12.3499", "12.4"), ("12.5", "11")]
 
@@ -106,6 +108,10 @@ def test_the_same_number_in_another_form_is_right(prediction, gold):
 @pytest.mark.parametrize("prediction, gold", WRONG)
 def test_another_number_is_wrong(prediction, gold):
     assert ev.verdicts("finqa", prediction, gold)["numeric"] == 0
+
+
+def test_a_run_of_digits_beyond_what_decimal_keeps_is_no_number():
+    assert ev.parse_number("9" * 28).value == 10**28 - 1 and ev.parse_number("9" * 29) is None
 
 
 @pytest.mark.parametrize("gold", ["14%", "-3.2%", "4.9\\\\n", "$ 386797190 or $ 386.8 million", "101 stores per year",
@@ -186,7 +192,8 @@ def test_the_vote_is_on_answers_before_any_verdict():
 
 
 def test_a_vote_tells_percent_from_number_and_no_number_from_its_end():
-    assert ev.majority_vote(["14%", "14", "14%", "14", "14"]) == "14"
+    assert ev.majority_vote(["14%", "14", "14%", "14", "7", "7", "7"]) == "7"
+    assert ev.vote_key("in 2004") != ev.vote_key("2004"), "a number among words is not the answer"
     assert ev.vote_key("12,34") == "12,34" and ev.vote_key("34") == "34"
     assert ev.vote_key("\u201342") == ev.vote_key("-42.0") and ev.vote_key("1 000") == ev.vote_key("1,000") == "1000"
     assert ev.majority_vote(["2^42", "42", "2^42"]) == "2^42"
@@ -231,7 +238,8 @@ def test_the_value_of_a_finqa_program_counts_only_where_it_is_the_gold_in_anothe
     assert ev.grade("finqa", right, ["0.14464"])["verdicts"][0]["correct"] == 1
 
 
-def test_the_papers_rule_and_the_training_reward_know_no_alias():
+def test_the_papers_rule_and_the_training_reward_know_no_alias_and_numeric_does():
+    assert ev.verdicts("ledger", "12", "twelve", ("12",))["numeric"] == 1
     verdict = ev.verdicts("musique", "Robins", "Los Angeles Dodgers", ("Robins",))
     assert (verdict["correct"], verdict["paper"], verdict["exact"]) == (1, 0, 0)
     records, answers = [record("U.S.", "America"), record("U.S.")], [["America", "U.S."], ["the U.S.", "America"]]
