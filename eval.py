@@ -25,7 +25,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from data import SPLITS, dataset_name, load
-from data.files import (Parser, UserError, add_settings, claim_file, exit_code, jsonl, naming, read_log, read_object,
+from data.files import (Parser, UserError, add_settings, claim_file, exit_code, jsonl, read_log, read_object,
                         say, user_path, write_atomic)
 
 # --- 1. Text ----------------------------------------------
@@ -385,8 +385,7 @@ def plot(runs: list[str], out: str) -> None:
         axis.set(xlabel="step", ylabel=PANELS[panel])
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
-    with naming(out):
-        figure.savefig(user_path(out), dpi=150, format="png")
+    figure.savefig(user_path(out), dpi=150, format="png")
     say(f"wrote {out}")
 
 

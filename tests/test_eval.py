@@ -327,7 +327,7 @@ def write_run(folder, **settings):
 def test_a_runs_checkpoint_is_evaluated_as_the_run_did(tmp_path, sampled, capsys):
     write_questions(tmp_path)
     settings = dict(data=str(tmp_path), start="cold", think_budget=7, answer_budget=3, prompt_limit=99, seed=5,
-                    dtype="float32", rollout="hf", eval_samples=2)
+                    dtype="bfloat16", rollout="hf", eval_samples=2)
     write_run(tmp_path / "run", **settings, limit=3, eval_limit=2, lr=1.0)
     model = str(tmp_path / "run" / "best")
     for flags, size in (["--split", "validation"], 2), ([], 4), (["--split", "validation", "--limit", "3"], 3):
@@ -384,7 +384,7 @@ LONG = "x" * 300
 
 
 @pytest.mark.parametrize("arguments", [
-    "", "--plot nowhere", "--model m --plot x", "--model m --split dev", "--model m --limit -1",
+    "", "--plot nowhere", "--model m --plot run", "--model m --split dev", "--model m --limit -1",
     "--model m --samples 4", "--model m --eval-samples 0", "--model m --token-budget x", "--model m --start hot",
     "--model m --seed",
     *(f"--model {model} --data ." for model in (LONG, "a\0b", "~nosuchuser/m")),
