@@ -33,11 +33,15 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """`main` in this process sets handlers for its run: pytest gets its own back."""
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    """`main` in this process sets handlers for its run: each test starts and ends with the usual ones."""
+    def usual():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    usual()
     yield
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+    usual()
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +51,27 @@ def lab():
 
     from tsallis_rl import LAB_MODEL, load_model
     return load_model(LAB_MODEL, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, lab):
+    """A folder with a model of 100 kB: a random one, over the lab model's tokens."""
+    import torch
+
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    shape = SHAPE | dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5)
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(lab[1].tokenizer), head_dim=16, **shape)).save_pretrained(folder)
+    lab[1].tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(tiny):
+    """A command line for it that takes a second, without --steps and --out."""
+    return ["--rollout", "hf", "--model", str(tiny), "--M", "2", "--batch-size", "2", "--limit", "4", "--eval-samples", "2",
+            "--think-budget", "4", "--answer-budget", "2", "--eval-every", "1", "--lr", "1e-3"]
 
 
 @pytest.fixture(params=["qwen3", "llama"])
