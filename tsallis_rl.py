@@ -272,7 +272,7 @@ def start_processes() -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for up to a second, for every new shape
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
         try:  # one hour: the others wait while rank 0 saves; torchrun ends the run when a process dies
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
         except (ValueError, RuntimeError) as error:
@@ -326,7 +326,11 @@ class Format:
             raise UserError("the model's tokenizer has no end token (eos_token): p(y* | x*, z) needs one")
         close, seam = (tokenizer.encode(text, add_special_tokens=False) for text in (CLOSE, SEAM))
         fmt = cls(tokenizer, close, seam, tokenizer.eos_token_id)
-        if fmt.prompt("one") == fmt.prompt("two"):
+        try:
+            dropped = fmt.prompt("one") == fmt.prompt("two")
+        except Exception as error:  # Jinja's own kinds
+            raise UserError(f"the model's chat template fails ({error})") from error
+        if dropped:
             raise UserError("the model's tokenizer or chat template drops the user's text")
         return fmt
 
@@ -470,7 +474,7 @@ class VLLMRollouts:
         else:  # seeded samples and a prefill in pieces do not go together on a CPU ("Generator does not use offset")
             device = dict(kv_cache_memory_bytes=2 << 30, enforce_eager=True, enable_chunked_prefill=False,
                           block_size=32, max_num_batched_tokens=max(8192, max_length))
-        if dist.is_initialized():  # under torchrun: one engine a process
+        if world() > 1:  # under torchrun: one engine a process (vLLM itself joins torch.distributed, alone)
             device["distributed_executor_backend"] = "external_launcher"
         self.llm = vllm.LLM(model=path, dtype=config.dtype, max_model_len=max_length, seed=0, generation_config="vllm",
                             enable_prefix_caching=True, disable_log_stats=True, use_tqdm_on_load=False, **device)
@@ -968,11 +972,15 @@ def probe(model: PreTrainedModel, fmt: Format, prompt: list[int], answer: str, c
     y = fmt.gold(answer)
     if max(prompt + y) >= len(model.get_input_embeddings().weight):
         raise UserError(f"--model {config.model}: its tokenizer has ids beyond the model's embeddings")
-    shared, ids = SharedPrompt(model, prompt, config), torch.tensor([y], device=model.device)
-    with autocast(model, config):
-        logits = model(input_ids=torch.tensor([prompt + y], device=model.device), logits_to_keep=len(y) + 1).logits
-    theirs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    gap = (shared.log_probs(ids, torch.ones_like(ids, dtype=torch.bool)) - theirs).abs().mean().item()
+    ids = torch.tensor([y], device=model.device)
+    try:
+        with autocast(model, config):
+            logits = model(input_ids=torch.tensor([prompt + y], device=model.device), logits_to_keep=len(y) + 1).logits
+        theirs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+        ours = SharedPrompt(model, prompt, config).log_probs(ids, torch.ones_like(ids, dtype=torch.bool))
+        gap = (ours - theirs).abs().mean().item()
+    except (AttributeError, TypeError, ValueError, IndexError):  # no keys and values, or no such arguments
+        gap = math.nan
     if math.isnan(gap) or gap > config.gap_bound:
         raise UserError(f"--model {config.model}: the trainer's log-probabilities are {gap:.3g} nats from its own: it "
                         "is not a causal model whose output layer is a plain matrix")

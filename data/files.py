@@ -5,6 +5,7 @@ Nothing here knows what a run or a record is. Whatever goes wrong is a UserError
 import argparse
 import errno
 import fcntl
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -317,8 +318,8 @@ def check_settings(config) -> None:
     """UserError for a whole number out of range and a fraction that is not positive and finite."""
     for f in fields(config):
         value, least, option = getattr(config, f.name), f.metadata["least"], "--" + f.name.replace("_", "-")
-        if isinstance(value, int) and not least <= value <= 10**6:
-            raise UserError(f"{option} must be at least {least} and at most a million, not {value}")
+        if isinstance(value, int) and not least <= value <= (10**6 if least else 2**63):
+            raise UserError(f"{option} must be at least {least}{', at most a million' if least else ''}, not {value}")
         if isinstance(value, float) and not (0 < value < math.inf or value == least == 0):
             raise UserError(f"{option} must be positive and finite, not {value}")
 
@@ -327,7 +328,9 @@ def resumed(path: Path, given: dict, may_change: Collection[str], config: type) 
     """The settings that a run's config.json keeps, changed as given where that is allowed. UserError for another
     change, and where the program's settings are no longer those of the run."""
     saved = read_object(path).get("settings")
-    if not isinstance(saved, dict) or set(saved) != {f.name for f in fields(config)}:
+    kinds = {f.name: f.type for f in fields(config)}
+    if not isinstance(saved, dict) or set(saved) != set(kinds) or not all(
+            isinstance(saved[name], kind) for name, kind in kinds.items()):
         raise UserError(f"{path} does not hold the settings that this version of the program has")
     for name, value in given.items():
         if name not in may_change and value not in (saved[name], "auto"):
@@ -338,6 +341,7 @@ def resumed(path: Path, given: dict, may_change: Collection[str], config: type) 
 
 # --- Provenance -------------------------------------------------------------------------------------------------------
 
+@functools.cache  # a third of a second
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that can change a result."""
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}

@@ -69,8 +69,8 @@ def load_pretrained(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         raise UserError(f"--model {name}: its files lack {min(report['missing_keys'])}")
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"--model {name}: it has weights that are not finite")
-    if any(layer.is_sliding for layer in DynamicCache(config=model.config).layers):
-        raise UserError(f"--model {name}: it has sliding-window attention, and a shared prompt must be seen whole")
+    if any(getattr(layer, "is_sliding", True) for layer in DynamicCache(config=model.config).layers):
+        raise UserError(f"--model {name}: it has sliding-window attention or none: a shared prompt must be seen whole")
     return model, tokenizer
 
 
