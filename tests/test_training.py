@@ -1,20 +1,27 @@
-"""The whole program on the lab model: it resumes exactly, stops safely, refuses bad input, and learns."""
+"""The whole program on the lab model: its steps, its numbers, its checkpoints, exact resuming; and it learns."""
 import json
+import math
 import os
 import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import data.models
 import tsallis_rl
-from tsallis_rl import HFRollouts, RunError, batch_of, main, vllm_runs_here
+from data import Record
+from data.models import vllm_runs_here
+from tsallis_rl import (FORCED, Group, HFRollouts, Response, Rollout, Run, batch_of, coefficients, encode, generate, main,
+                        prompt_metrics, sample_answers, sample_groups, step_metrics, update)
 
 PROGRAM = str(Path(tsallis_rl.__file__))
+CPU = torch.device("cpu")
 SMALL = ["--rollout", "hf", "--M", "4", "--batch-size", "2", "--limit", "24", "--eval-every", "2", "--eval-samples", "4"]
 
 
@@ -28,25 +35,66 @@ def weights(run, name="last"):
     return load_file(Path(run) / name / "model.safetensors")
 
 
+def same(one, two):
+    """Two runs are one: logs, and checkpoints bit for bit."""
+    for log in ("metrics.jsonl", "samples.jsonl"):
+        assert rows(one, log) == rows(two, log)
+    for name in ("last", "best"):
+        a, b = weights(one, name), weights(two, name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 @pytest.mark.parametrize("method", ("garl", "paft", "grpo"))
 @pytest.mark.parametrize("optimizer", ("adamw", "sgd"))
-def test_four_steps_are_two_steps_resumed_for_two_bit_for_bit(method, optimizer, tmp_path):
-    start = [*SMALL, "--method", method, "--optimizer", optimizer, "--lr", "1e-3"]
-    whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
+def test_a_run_stopped_on_or_off_the_grid_of_validations_and_resumed_is_the_whole_run_bit_for_bit(method, optimizer, small, tmp_path):
+    # GRPO on the lab model: a random one earns no reward
+    start = [*(SMALL if method == "grpo" else small), "--eval-every", "2", "--method", method, "--optimizer", optimizer]
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     assert main([*start, "--steps", "4", "--out", whole]) == 0
-    assert main([*start, "--steps", "2", "--out", halves]) == 0
-    assert main(["--resume", halves, "--steps", "4"]) == 0
-    assert rows(whole) == rows(halves) and [row["step"] for row in rows(whole)] == [0, 1, 2, 3, 4]
-    assert rows(whole, "samples.jsonl") == rows(halves, "samples.jsonl")
-    for name in ("last", "best"):
-        one, two = weights(whole, name), weights(halves, name)
-        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert main([*start, "--steps", "1", "--out", parts]) == 0
+    assert {k for row in rows(parts)[1:] for k in row if k.startswith("val_")} == set(), "no validation off the grid"
+    assert main(["--resume", parts, "--steps", "2"]) == 0
+    assert main(["--resume", parts, "--steps", "3"]) == 0
+    assert main(["--resume", parts, "--steps", "4"]) == 0
+    same(whole, parts)
+    assert [row["step"] for row in rows(whole)] == [0, 1, 2, 3, 4]
+
+
+def scripted(monkeypatch, figures):
+    """Validations whose maj@2 is, one after the other, what the script says."""
+    figures = iter(figures)
+    monkeypatch.setattr(tsallis_rl, "summarize", lambda *_: {"p@1": 0.0, "maj@2": next(figures)})
+
+
+def step_of(run, name):
+    return torch.load(Path(run) / name / "trainer.pt", weights_only=True)["step"]
+
+
+@pytest.mark.parametrize("stop", (None, 1, 2, 3))
+def test_best_is_the_earliest_of_the_highest_validations_also_across_a_resume(stop, small, tmp_path, monkeypatch):
+    run, arguments = str(tmp_path / "run"), [*small, "--lr", "1e-2"]
+    scripted(monkeypatch, [5.0, 10.0, 30.0, 30.0, 20.0])  # of steps 0 to 4
+    if stop:
+        assert main([*arguments, "--steps", str(stop), "--out", run]) == 0
+    assert main([*(["--resume", run] if stop else [*arguments, "--out", run]), "--steps", "4"]) == 0
+    assert step_of(run, "best") == 2 and step_of(run, "last") == 4
+    best, last = weights(run, "best"), weights(run, "last")
+    assert any(not torch.equal(best[k], last[k]) for k in best)
+
+
+def test_the_last_step_of_a_run_is_saved_but_not_validated_off_the_grid_so_that_best_stays_what_it_would_be(small, tmp_path, monkeypatch):
+    run = str(tmp_path / "run")
+    scripted(monkeypatch, [10.0, 20.0, 15.0])  # steps 0, 2 and 4: a validation at 3 would run out of script
+    assert main([*small, "--eval-every", "2", "--steps", "3", "--out", run]) == 0
+    assert step_of(run, "best") == 2 and step_of(run, "last") == 3
+    assert main(["--resume", run, "--steps", "4"]) == 0
+    assert step_of(run, "best") == 2 and [row["step"] for row in rows(run) if "val_maj@2" in row] == [0, 2, 4]
 
 
 def test_a_run_is_one_folder_with_checkpoints_that_transformers_loads(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     assert main([*SMALL, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "best", "last"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "lock", "metrics.jsonl", "samples.jsonl", "best", "last"}
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert settings["settings"]["think_budget"] and settings["versions"]["torch"] == torch.__version__
     for name in ("best", "last"):
@@ -59,9 +107,10 @@ def test_a_run_is_one_folder_with_checkpoints_that_transformers_loads(tmp_path):
 
 def test_every_epoch_is_a_permutation_of_its_own(config):
     settings = config(batch_size=5)
-    epochs = [i for step in range(1, 5) for i in batch_of(step, settings, 10)]
+    epochs = [i for step in range(1, 5) for i, _ in batch_of(step, settings, 10)]
     assert sorted(epochs[:10]) == sorted(epochs[10:]) == list(range(10)) and epochs[:10] != epochs[10:]
-    assert epochs[:5] != [i for i in batch_of(1, config(batch_size=5, seed=1), 10)]
+    assert epochs[:5] != [i for i, _ in batch_of(1, config(batch_size=5, seed=1), 10)]
+    assert [epoch for step in (1, 2, 3) for _, epoch in batch_of(step, config(batch_size=3), 4)] == [0] * 4 + [1] * 4 + [2]
 
 
 def test_ctrl_c_finishes_the_step_and_saves_and_the_run_goes_on_from_there(tmp_path):
@@ -100,16 +149,11 @@ def test_a_checkpoint_cut_off_between_its_two_renames_is_found(tmp_path):
 
 
 def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(tmp_path, monkeypatch, capsys):
-    sample = HFRollouts.generate
-
-    def stale(self, *args):
-        groups = sample(self, *args)
-        for r in (r for group in groups for r in group):
-            r.log_p[:] = [x - 0.01 for x in r.log_p]
-        return groups
+    sample = HFRollouts.sample
+    stale = lambda *args: [(ids, [x - 0.01 for x in log_p]) for ids, log_p in sample(*args)]
 
     run = str(tmp_path / "run")
-    monkeypatch.setattr(HFRollouts, "generate", stale)
+    monkeypatch.setattr(HFRollouts, "sample", stale)
     assert main([*SMALL, "--steps", "3", "--out", run]) == 2
     assert "sampler and trainer disagree by 0.01 nats" in capsys.readouterr().err
     assert rows(run)[-1]["sampler_gap_mean"] == pytest.approx(0.01, rel=0.01)  # the evidence is logged
@@ -118,11 +162,204 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(tmp_path, monke
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
 
 
-def test_a_record_that_repeats_within_a_batch_is_another_draw(tmp_path):
-    arguments = ["--M", "4", "--batch-size", "2", "--limit", "1", "--eval-samples", "2", "--rollout", "hf", "--eval-every", "1"]
-    run = tsallis_rl.start_run(tsallis_rl.parse([*arguments, "--out", str(tmp_path / "run")]))
-    one, two = tsallis_rl.sample_groups(run, 1)
+@pytest.fixture
+def make_run(lab, config, tmp_path):
+    """A Run on the lab model (or another one) that was not started by the program: make_run(records, engine=..., **settings)."""
+    def make(records, model=None, engine=None, **settings):
+        settings = config(**{"rollout": "hf", "M": 4, "batch_size": 2, "eval_samples": 4} | settings)
+        model, fmt = model or lab[0], lab[1]
+        examples = encode(records, settings, fmt, 512)
+        optimizer = tsallis_rl.make_optimizer(model, settings)
+        return Run(settings, tmp_path, model, engine or HFRollouts(model, fmt, settings), optimizer, examples, examples)
+    return make
+
+
+def records(n):
+    return [Record(str(i), f"What is {i}+3?", f"{i}+3", str(i + 3)) for i in range(n)]
+
+
+def test_a_record_that_repeats_within_a_batch_is_another_draw(make_run):
+    one, two = sample_groups(make_run(records(1)), 1)
     assert one.record == two.record and [r.z for r in one.rollouts] != [r.z for r in two.rollouts]
+
+
+# --- Seeds ------------------------------------------------------------------------------------------------------------
+class Scribe:
+    """An engine that keeps the seeds it is given and answers "5" after an empty-handed rationale."""
+
+    def __init__(self, fmt, answer=None):
+        self.fmt, self.seeds, self.answer = fmt, [], answer or (lambda row: fmt.gold("5"))
+
+    def sync(self, model):
+        pass
+
+    def sample(self, prompts, begun, seeds, budget, thinking, scored):
+        self.seeds.append(list(seeds))
+        sampled = [list(self.fmt.close) if thinking else self.answer(row) for row in range(len(seeds))]
+        return [(ids, [-1.0] * len(ids) if scored else []) for ids in sampled]
+
+
+def test_no_answer_has_the_noise_of_a_rationale_also_where_a_generator_keeps_32_bits(lab):
+    engine = Scribe(lab[1])
+    generate(engine, [[1, 2], [3, 4]], [2**40 + 7, 2**47 + 2**33 + 50], 3, 4, 4)
+    rationales, answers = engine.seeds
+    assert rationales == [2**40 + 7, 2**40 + 8, 2**40 + 9, *(2**47 + 2**33 + i for i in (50, 51, 52))]
+    short = [seed % 2**32 for seed in rationales + answers]
+    assert len(set(short)) == len(short) == 12
+    for seed, other in zip(rationales, answers):  # nor are the streams the same, which is what counts
+        one, two = (torch.rand(4, generator=torch.Generator().manual_seed(s)) for s in (seed, other))
+        assert not torch.equal(one, two)
+
+
+class Recorder(torch.Generator):
+    """A generator that notes what it is seeded with."""
+    seeds = []
+
+    def manual_seed(self, seed):
+        Recorder.seeds.append(seed % 2**32)  # all that torch's CPU generator keeps
+        return super().manual_seed(seed)
+
+
+@pytest.mark.parametrize("method", ("garl", "paft", "grpo"))
+def test_every_random_number_of_a_run_has_a_seed_of_its_own(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "Generator", Recorder)
+    monkeypatch.setattr(Recorder, "seeds", [])
+    assert main([*SMALL, "--limit", "3", "--method", method, "--steps", "3", "--eval-every", "4", "--out", str(tmp_path / "run")]) == 0
+    step = 2 * 4 * (2 if method == "grpo" else 1) + 2 * (method == "paft")  # rationales, answers, resampling
+    assert len(Recorder.seeds) == 3 * 4 * 2 + 3 * step  # validation at the start: 3 prompts, 4 samples
+    assert len(set(Recorder.seeds)) == len(Recorder.seeds)
+
+
+def test_the_resampling_is_independent_of_the_rationales_it_draws_from(make_run, random_model, monkeypatch):
+    """With equal w every count of a prompt's rationales must be independent of their noise, or E[PAFT] is not E[GARL]."""
+    uniforms, seen, real_draw, real_resample = [], [], data.models.draw, tsallis_rl.resample
+
+    def draw(logits, uniform):
+        uniforms.extend(uniform.tolist())
+        return real_draw(logits, uniform)
+
+    def resample(*args):
+        counts = real_resample(*args)
+        seen.append(counts[0].item())
+        return counts
+
+    monkeypatch.setattr(data.models, "draw", draw)
+    monkeypatch.setattr(tsallis_rl, "resample", resample)
+    run = make_run(records(50), model=random_model, method="paft", M=2, batch_size=50, think_budget=1)
+    pairs = []  # (how often rationale 0 was drawn, the uniform numbers of both)
+    for step in range(1, 9):
+        uniforms.clear()
+        groups = sample_groups(run, step)
+        noise = {str(i): uniforms[2 * at:2 * at + 2] for at, (i, _) in enumerate(batch_of(step, run.config, 50))}
+        for group in groups:
+            coefficients(torch.full((2,), -5.0), group.seed, run.config)
+            pairs.append((seen[-1], *noise[group.record.id]))
+    n, one, two = torch.tensor(pairs, dtype=torch.float64).T
+    assert len(n) == 400 and 0.4 < n.var() < 0.6  # binomial: K p (1 - p) = 1/2
+    for u in (one, two, one - two):
+        for x in (u, (u < 0.5).double()):
+            correlation = torch.corrcoef(torch.stack([n, x]))[0, 1].item()
+            assert abs(correlation) < 4 / 400**0.5  # four standard deviations; 0.5 and more where the noise is shared
+
+
+def test_every_prompt_has_evaluation_seeds_of_its_own_and_the_same_ones_at_every_validation(make_run, lab):
+    engine = Scribe(lab[1])
+    run = make_run(records(5), engine=engine)
+    for _ in range(2):
+        assert sample_answers(engine, run.validation, run.config) == [["5"] * 4] * 5
+    rationales, answers, again, _ = engine.seeds
+    assert len(set(rationales)) == 5 * 4 and rationales == again
+    run = make_run(records(5), engine=engine, seed=1)
+    sample_answers(engine, run.validation, run.config)
+    assert not set(engine.seeds[4]) & set(rationales), "and other ones for another seed of the run"
+    run.validation[1] = (run.validation[1][0], [])  # too long: no answers, and the others keep their seeds
+    assert sample_answers(engine, run.validation, run.config)[1] is None
+    assert engine.seeds[6] == engine.seeds[4][:4] + engine.seeds[4][8:]
+
+
+def test_no_two_steps_share_a_seed(make_run):
+    run = make_run(records(3))
+    seeds = [seed for step in range(1, 10) for group in sample_groups(run, step) for seed in range(group.seed, group.seed + 4)]
+    assert len(set(seeds)) == 9 * 2 * 4
+    assert {g.seed for g in sample_groups(make_run(records(3), seed=1), 1)}.isdisjoint(seeds)
+
+
+# --- One step ---------------------------------------------------------------------------------------------------------
+def test_the_reward_is_for_the_gold_answer_with_its_end_token_and_for_nothing_that_looks_like_it(make_run, lab):
+    fmt = lab[1]
+    [four], [two] = (fmt.tokenizer.encode(digit, add_special_tokens=False) for digit in "42")
+    special = fmt.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    cases = [([four, two, fmt.end], 1), ([four, two], 0), ([four, special, two, fmt.end], 0), ([special, four, two, fmt.end], 0),
+             ([four, two, special, fmt.end], 0), ([four, two, special], 0), ([four, *fmt.close, two, fmt.end], 0),
+             ([four, fmt.end], 0), ([fmt.end], 0), ([two, four, fmt.end], 0), ([four, two, *fmt.seam, fmt.end], 1)]
+    run = make_run([Record("0", "6*7?", "6*7", "42")], engine=Scribe(fmt, lambda row: cases[row][0]), method="grpo",
+                   M=len(cases), batch_size=1)
+    [group] = sample_groups(run, 1)
+    assert group.reward.tolist() == [reward for _, reward in cases]
+    assert [r.y for r in group.rollouts] == [ids for ids, _ in cases]
+    assert all(r.ids[-len(ids):] == ids for r, (ids, _) in zip(group.responses, cases))
+
+
+def test_the_metrics_of_a_prompt_are_the_written_out_ones(config, lab):
+    w, q, M = [0.5, 0.1, 0.02, 0.3], 0.5, 4
+    wbar = sum(w) / M
+    c = [x / wbar**q - ((sum(w) - x) / (M - 1)) ** (1 - q) for x in w]
+    rollouts = [Rollout([1] * n, closed, [2] * 2, []) for n, closed in ((3, True), (5, False), (2, True), (4, True))]
+    responses = [Response([0] * n, [FORCED] * n) for n in (7, 9, 6, 8)]
+    group = Group(Record("0", "", "", "5"), [1] * 11, rollouts, responses, None, 0)
+    row = prompt_metrics(group, torch.tensor(w).log(), [0, 2, 3], torch.tensor([0.1, 0.3]), config(method="garl", q=q, M=M))
+    near = lambda x: pytest.approx(x, rel=1e-6)
+    assert row == {
+        "loss": near((1 - wbar ** (1 - q)) / (1 - q)), "log_P_mean": near(math.log(wbar)), "log_P_min": near(math.log(wbar)),
+        "ess": near(sum(w) ** 2 / sum(x * x for x in w)),
+        "effective_reward_max": near(max(w) / wbar**q / M**q), "amplified_advantage_max": near(max(c) / M**q),
+        "reward": None, "sampler_gap_mean": near(0.2), "sampler_gap_max": near(0.3),
+        "rationale_tokens": 3.5, "forced_share": 0.25, "trained_share": 0.75, "sampled_tokens": 14 + 8, "trained_tokens": 11 + 21}
+    row = prompt_metrics(group._replace(reward=torch.tensor([1.0, 0, 0, 0])), torch.tensor([1.0, 0, 0, 0]), [], torch.zeros(0),
+                         config(method="grpo", M=M))
+    assert row["reward"] == 0.25 and row["loss"] == 0.75 and row["trained_tokens"] == 11
+    assert all(row[name] is None for name in ("log_P_mean", "ess", "effective_reward_max", "sampler_gap_mean", "sampler_gap_max"))
+
+
+def test_metrics_of_a_step_are_means_but_for_names_in_max_and_min():
+    rows = [{"loss": 1.0, "x_max": 1.0, "x_min": 1.0, "gap_max": None, "none": None, "maximum": 2.0},
+            {"loss": 2.0, "x_max": 5.0, "x_min": -4.0, "gap_max": 0.5, "none": None, "maximum": 4.0},
+            {"loss": 6.0, "x_max": 2.0, "x_min": 3.0, "gap_max": 0.25, "none": None, "maximum": 0.0}]
+    assert step_metrics(rows) == {"loss": 3.0, "x_max": 5.0, "x_min": -4.0, "gap_max": 0.5, "none": None, "maximum": 2.0}
+
+
+def stepped(monkeypatch, config, gradients, **settings):
+    """Parameters before and after each update, norms and learning rates, when the gradients are these numbers."""
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    model = SimpleNamespace(parameters=lambda: [p])
+    settings = config(**settings)
+    run = SimpleNamespace(config=settings, model=model, optimizer=tsallis_rl.make_optimizer(model, settings))
+    monkeypatch.setattr(tsallis_rl, "group_gradient", lambda model, gradient, _: setattr(p, "grad", torch.tensor(gradient)))
+    history = []
+    for step, gradient in enumerate(gradients, 1):
+        before = p.detach().clone()
+        _, norm = update(run, [gradient], step)
+        history.append(((p.detach() - before), norm, run.optimizer.param_groups[0]["lr"]))
+    return history
+
+
+def test_the_step_is_the_clipped_gradient_times_a_rate_that_warms_up_linearly(monkeypatch, config):
+    history = stepped(monkeypatch, config, [[3.0, 4.0]] * 6 + [[0.03, 0.04]], optimizer="sgd", lr=0.1, warmup=4, clip=0.5)
+    assert [norm for _, norm, _ in history] == pytest.approx([5.0] * 6 + [0.05])
+    assert [lr for *_, lr in history] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1])
+    for change, norm, lr in history:  # the direction, and the length min(norm, clip)
+        assert change.tolist() == pytest.approx([-lr * min(norm, 0.5) * x for x in (0.6, 0.8)], rel=1e-4)
+    assert stepped(monkeypatch, config, [[3.0, 4.0]], optimizer="sgd", lr=0.1, warmup=0)[0][2] == 0.1
+
+
+@pytest.mark.parametrize("optimizer", ("adamw", "sgd"))
+@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
+def test_a_gradient_that_is_not_finite_moves_nothing_not_even_the_optimiser_s_state(bad, optimizer, monkeypatch, config):
+    settings = dict(optimizer=optimizer, lr=0.1, warmup=0)
+    history = stepped(monkeypatch, config, [[3.0, 4.0], [bad, 1.0], [1.0, 1.0]], **settings)
+    plain = stepped(monkeypatch, config, [[3.0, 4.0], [1.0, 1.0]], **settings)
+    assert not history[1][0].any() and not math.isfinite(history[1][1])
+    assert torch.equal(history[0][0], plain[0][0]) and torch.equal(history[2][0], plain[1][0])
 
 
 def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
@@ -130,7 +367,7 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(tmp
 
     def broken(*args):
         calls.append(1)
-        return real(*args) * (1.0 if len(calls) <= 2 * 3 else float("nan"))  # 2 prompts a step; one forward each
+        return real(*args) * (1.0 if len(calls) <= 1 + 2 * 3 else float("nan"))  # the probe; 2 prompts a step; a forward each
 
     monkeypatch.setattr(tsallis_rl, "chunked_log_probs", broken)
     run = tmp_path / "run"
@@ -138,48 +375,6 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(tmp
     assert "ten steps in a row" in capsys.readouterr().err
     assert [row["skipped_in_a_row"] for row in rows(run)[1:]] == [0, 0, 0, *range(1, 11)]
     assert all(w.isfinite().all() for w in weights(run).values())
-
-
-BAD_INPUT = {
-    "q above 1": (["--q", "1.5"], "--q must lie in"),
-    "q not a number": (["--q", "nan"], "--q must lie in"),
-    "unknown method": (["--method", "ppo"], "ppo"),
-    "unknown data": (["--data", "gsm8k"], "gsm8k"),
-    "unknown model": (["--model", "no/such/folder"], "--model FOLDER"),
-    "one rollout": (["--M", "1"], "--M must be at least 2"),
-    "no rationale budget": (["--think-budget", "0"], "--think-budget must be at least 1"),
-    "no answer budget": (["--answer-budget", "0"], "--answer-budget must be at least 1"),
-    "negative learning rate": (["--lr", "-1"], "--lr must be positive"),
-    "prompts too long": (["--prompt-limit", "3"], "every prompt is longer"),
-    "budget beyond the model": (["--think-budget", "100000"], "positions"),
-    "resume of nothing": (["--resume", "nothing"], "no run is there"),
-    "unknown option": (["--temperature", "2"], "--temperature"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_gets_one_line_and_exit_code_2_and_nothing_is_written(case, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    arguments, expected = BAD_INPUT[case]
-    assert main(["--steps", "1", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and expected in error
-    assert list(tmp_path.iterdir()) == []
-
-
-RECORD = '{"id": "1", "warm_prompt": "a", "cold_prompt": "a", "answer": "5"}\n'
-BAD_FILES = {"empty": ("", "empty"), "malformed": (RECORD + "{oops\n", "line 2"),
-             "no answer": (RECORD + RECORD.replace("5", ""), "line 2")}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_a_bad_data_file_is_named_with_its_line(case, tmp_path, capsys):
-    text, expected = BAD_FILES[case]
-    (tmp_path / "mine.jsonl").write_text(text)
-    assert main(["--data", str(tmp_path / "mine.jsonl"), "--model", tsallis_rl.LAB_MODEL, "--out", str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
-    assert "mine.jsonl" in error and expected in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_a_run_is_never_overwritten_nor_resumed_with_other_settings(tmp_path, capsys):
@@ -216,7 +411,8 @@ def test_your_own_records_train(tmp_path):
     (tmp_path / "mine.jsonl").write_text("".join(lines[:30]))
     budgets = ["--model", tsallis_rl.LAB_MODEL, "--think-budget", "24", "--answer-budget", "8"]
     assert main([*SMALL, "--data", str(tmp_path / "mine.jsonl"), *budgets, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
-    assert {"val_p@1", "val_p@4", "val_maj@4"} <= rows(tmp_path / "run")[1].keys()
+    first, step = rows(tmp_path / "run")
+    assert {"val_p@1", "val_p@4", "val_maj@4"} <= first.keys() and step["loss"] > 0
 
 
 def test_a_short_warm_run_learns(tmp_path):
@@ -236,7 +432,7 @@ def test_from_a_cold_start_grpo_has_no_gradient_and_garl_learns(tmp_path):
     grpo, garl = rows(tmp_path / "grpo"), rows(tmp_path / "garl")
     assert all(row["grad_norm"] == 0 and row["reward"] == 0 for row in grpo[1:])
     metrics = ("val_p@1", "val_p@16", "val_maj@16")
-    assert all(grpo[i][m] == 0 for i in (0, -1) for m in metrics) and all(garl[0][m] == 0 for m in metrics)
+    assert all(grpo[0][m] == garl[0][m] == 0 for m in metrics)
     assert garl[1]["log_P_mean"] < -8 and garl[-1]["val_p@1"] >= 20
 
 
