@@ -33,15 +33,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """`main` in this process sets handlers for its run: each test starts and ends with the usual ones."""
-    def usual():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-    usual()
+    """`main` in this process sets handlers for its run; outside of one each signal is a KeyboardInterrupt."""
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for name in names:
+        signal.signal(name, signal.default_int_handler)
     yield
-    usual()
+    for name in names:
+        signal.signal(name, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

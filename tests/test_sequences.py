@@ -81,7 +81,7 @@ def test_prompts_over_the_limit_are_dropped_whole_and_one_of_exactly_the_limit_s
     records = [Record(str(i), "item " * n, "item", "5") for i, n in enumerate((1, 30, 2))]
     lengths = [len(fmt.prompt(r.warm_prompt)) for r in records]
     assert lengths[0] < lengths[2] < lengths[1]
-    for limit, kept in ((lengths[2], "02"), (lengths[2] - 1, "0"), (lengths[1], "012"), (lengths[1] - 1, "02")):
+    for limit, kept in ((lengths[2], "02"), (lengths[2] - 1, "0"), (lengths[0], "0"), (lengths[1], "012"), (lengths[1] - 1, "02")):
         examples = encode(records, config(prompt_limit=limit), fmt, 1024)
         assert [record for record, _ in examples] == records, "a dropped prompt keeps its place"
         assert "".join(record.id for record, ids in examples if ids) == kept
