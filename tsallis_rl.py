@@ -1082,6 +1082,8 @@ def program(argv: Sequence[str] | None) -> None:
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(name, lambda *_: interrupt(run))
         train(run)
+    if world() > 1:
+        dist.destroy_process_group()  # or its threads may abort the process as it ends
 
 
 def main(argv: Sequence[str] | None = None) -> int:

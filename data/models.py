@@ -139,23 +139,26 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], begun: list[list[in
     ids, mask = _left_padded([prompt[:-1] for prompt in distinct], device)
     next_logits()
     index = torch.tensor([distinct[prompt] for prompt, _ in contexts], device=device)
+    cache.batch_select_indices(index)
     ids, more = _left_padded([(prompt[-1], *b) for prompt, b in contexts], device)
     mask = torch.cat([mask[index], more], 1)
-    cache = Cache(layers=[RoomyLayer(layer, index, ids.shape[1] + budget) for layer in cache.layers])
     logits, index = next_logits(), torch.tensor([contexts[row] for row in rows], device=device)
-    cache.batch_select_indices(index)
+    cache = Cache(layers=[RoomyLayer(layer, index, budget) for layer in cache.layers])
     mask, logits, running, samples = mask[index], logits[index], list(range(len(rows))), [([], []) for _ in rows]
+    done: set[int] = set()
     uniform = torch.stack([torch.rand(budget, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
                            for seed in seeds]).to(device)  # (R, T)
     for t in range(budget):
         token, log_p = draw(logits, uniform[:, t])
         for j, i, x in zip(running, token.tolist(), log_p.tolist()):
-            samples[j][0].append(i)
-            samples[j][1].append(x)
-        keep = [row for row, j in enumerate(running) if not ended(samples[j][0])]
+            if j not in done:
+                samples[j][0].append(i)
+                samples[j][1].append(x)
+        done |= {j for j in running if j not in done and ended(samples[j][0])}
+        keep = [row for row, j in enumerate(running) if j not in done]
         if not keep or t + 1 == budget:
             break
-        if len(keep) < len(running):
+        if len(keep) <= 0.75 * len(running):  # a copy of the cache, so not at every end
             index, running = torch.tensor(keep, device=device), [running[row] for row in keep]
             cache.batch_select_indices(index)
             mask, uniform, token = mask[index], uniform[index], token[index]
