@@ -1082,8 +1082,6 @@ def program(argv: Sequence[str] | None) -> None:
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(name, lambda *_: interrupt(run))
         train(run)
-    if world() > 1:
-        dist.destroy_process_group()  # or its threads may abort the process as it ends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1092,4 +1090,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == 0 and world() > 1:
+        dist.destroy_process_group()  # or its threads may abort the process as it ends
+    sys.exit(code)
