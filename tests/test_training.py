@@ -401,7 +401,7 @@ def test_your_own_records_train(tmp_path):
     assert {"val_p@1", "val_p@4", "val_maj@4"} <= first.keys() and step["loss"] > 0
 
 
-SHORT = ["--rollout", "hf", "--q", "0.75", "--M", "8", "--lr", "6e-4", "--steps", "15", "--eval-every", "15", "--eval-limit", "40"]
+SHORT = ["--rollout", "hf", "--q", "0.75", "--M", "8", "--lr", "6e-4", "--steps", "15", "--eval-every", "15", "--eval-limit", "24"]
 
 
 def test_a_short_warm_run_learns(tmp_path):
