@@ -96,7 +96,7 @@ class Config:
     optimizer: str = setting("adamw", "adamw, or sgd, under which the factor P^-q shows directly.", "adamw", "sgd")
     clip: float = setting(1.0, "Largest norm of the gradient.")
     dtype: str = setting("auto", "float32, bfloat16 (autocast over float32 weights), auto: bfloat16 on CUDA.",
-                         "float32", "bfloat16")
+                         "auto", "float32", "bfloat16")
     token_budget: int = setting(8192, "Tokens (prompt and padded responses) held at once in training; rollouts by "
                                       "transformers hold 16 times as many. Lower it when memory runs out.")
     # the run
@@ -399,7 +399,7 @@ def encode(records: list[Record], config: Config, fmt: Format, positions: int) -
         raise UserError("the tokenizer makes less than two tokens of a prompt")
     examples = [(record, prompt if len(prompt) <= limit else []) for record, prompt in zip(records, ids)]
     say(f"{sum(bool(prompt) for _, prompt in examples)} of {len(ids)} prompts have at most {limit} tokens; "
-        f"{sum(n > config.answer_budget for n in golds)} gold answers exceed --answer-budget: no sample can match")
+        f"{sum(n > config.answer_budget for n in golds)} have answers over --answer-budget, which no sample can match")
     return examples
 
 

