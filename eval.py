@@ -356,6 +356,7 @@ def evaluate(given: dict, split: str = "test", out: str | None = None, overwrite
 # --- 6. Figures -------------------------------------------
 
 PANELS = {"val_maj@": "validation maj@n (%)", "log_P_mean": "mean log P",
+          "above_eps": "share of weights with |gradient| > eps", "ess": "effective sample size of the weights",
           "effective_reward_max": "largest (w_m / wbar^q) / M^q", "amplified_advantage_max": "largest c_m / M^q"}
 
 
@@ -376,7 +377,7 @@ def plot(runs: list[str], out: str) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure, axes = pyplot.subplots(2, 3, figsize=(14, 7), layout="constrained")
     for axis, (panel, lines) in zip(axes.flat, curves.items()):
         for run, points in lines.items():
             name = Path(run).resolve().name.replace("$", r"\$").lstrip("_")  # else a formula begins, or no label

@@ -7,20 +7,20 @@ sampled rationale z, the success probability P = p(y* | x*) = sum_z p(z | x*) p(
     l_q = -log_q P = (1 - P^(1-q)) / (1 - q)                          (3)   q = 0: 1 - P,  q = 1: -log P
     grad l_q = P^-q grad l_0 = P^(1-q) grad l_1                       (5)
 
-GARL samples from the prior and amplifies by P^-q; PAFT resamples the same rollouts by likelihood and attenuates by
-P^(1-q). The estimators are the paper's; the optimiser, learning rate, batch size, clipping, prompts and tie rule, which
-it does not disclose, are ours (see `Config`, README.md and eval.py).
+GARL samples z from the prior p(z | x*) and amplifies by P^-q; PAFT resamples the same rollouts by likelihood and
+attenuates by P^(1-q). The estimators are the paper's; optimiser, learning rate, batch size, clipping, prompts and tie
+rule, which it does not disclose, and a schedule of q are ours (see `Config`, README.md and eval.py).
 
     python tsallis_rl.py --q 0.75 --method paft                            # two CPU cores, minutes, nothing to download
     python tsallis_rl.py --q 0.75 --method garl --data finqa --start cold  # one GPU: Qwen3-0.6B, vLLM rollouts
-    python eval.py --model RUN/best --split test                           # p@1, p@16, maj@16, with the run's settings
+    python eval.py --model runs/NAME/best --split test                     # p@1, p@16, maj@16, with the run's settings
 
 Contents: 1 settings, 2 the q-logarithm and the loss, 3 the estimators, 4 several processes, 5 prompts and token
 sequences, 6 rollouts, 7 token log-probabilities, 8 the gradient of one prompt, 9 one step, 10 validation and
 checkpoints, 11 the training loop, 12 main. Whoever wants the paper's mathematics alone reads 2 and 3.
 
 Letters: B prompts in a step, M rollouts of a prompt, K resampled rollouts, R rows (rollouts run at once), T tokens of a
-row, S tokens it sees, V vocabulary, D hidden size, N scored positions; z rationale, y answer, w = p(y* | x*, z), wbar
+row, V vocabulary, D hidden size, N scored positions; z rationale, y answer, w = p(y* | x*, z), wbar
 the mean of w over the M rollouts, which estimates P; (a, b) the coefficients on log p(z | x) and log p(y | x, z).
 """
 import contextlib
@@ -31,7 +31,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -55,7 +54,7 @@ from data import Record, dataset_name, load
 from data.files import (Parser, UserError, add_settings, append_jsonl, check_settings, commit, cut_log, exit_code,
                         held_folder, read_object, resumed, say as print_line, setting, user_path, versions,
                         write_atomic, write_folder)
-from data.models import load_pretrained, positions, sample, vllm_runs_here  # first: it guards transformers' import
+from data.models import cpu_warnings, load_pretrained, positions, sample as continue_rows, vllm_runs_here
 from eval import exact_match, summarize
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -68,11 +67,15 @@ CLOSE, SEAM = "</think>", "\n\n"  # end of the rationale; what stands between it
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run, and so the command line. None: what `PRESETS` says for the data set."""
+    """Every setting of a run, and so the command line. `resolve` fills in None, by the data set, where it is no limit.
+    Whole numbers are at least `least`, fractions above 0 (or 0 where that is 0)."""
 
     # the method
     q: float = setting(0.75, "Commitment q in [0, 1]: 0 is RLVR, 1 the log-marginal likelihood (eq. 3).", least=0)
-    method: str = setting("paft", "Estimator: garl (12), paft (14) or the baseline grpo.", "garl", "paft", "grpo")
+    q_end: float | None = setting(None, "Where q moves to, linearly in --q-steps; --q if not given.", least=0)
+    q_steps: int = setting(40, "Steps that q takes from --q to --q-end.")
+    method: str = setting("paft", "Estimator: garl (12), garl-score (without its pathwise term), paft (14) or the "
+                                  "baseline grpo.", "garl", "garl-score", "paft", "grpo")
     M: int = setting(32, "Rollouts per prompt.", least=2)
     K: int | None = setting(None, "PAFT: rationales resampled from the M; M if not given, as in the paper.")
     # model and data
@@ -86,14 +89,15 @@ class Config:
     answer_budget: int | None = setting(None, "Tokens of a sampled answer (GRPO and evaluation).")
     rollout: str = setting("auto", "Sampler: vllm, hf (transformers), auto: vLLM where it runs.", "auto", "vllm", "hf")
     gpu_share: float = setting(0.4, "Share of the GPU's memory that vLLM takes.")
-    gap_bound: float | None = setting(None, "Stop where sampler and trainer differ by more nats a token on "
-                                            "average; 1e-3 in float32 and 0.2 in bfloat16 if not given.")
+    gap_bound: float | None = setting(None, "Stop where the log p of sampler and trainer differ by more nats a "
+                                            "token; 1e-3 in float32 and 0.2 in bfloat16 if not given.")
     # optimisation
-    steps: int | None = setting(None, "Optimiser steps.")
+    steps: int | None = setting(None, "Optimiser steps; 0 measures the start alone.", least=0)
     batch_size: int = setting(8, "Prompts per step (B).")
     lr: float | None = setting(None, "Learning rate after the warm-up.")
     warmup: int = setting(5, "Steps of linear warm-up.", least=0)
-    optimizer: str = setting("adamw", "adamw, or sgd, under which the factor P^-q shows directly.", "adamw", "sgd")
+    optimizer: str = setting("adamw", "adamw, or sgd, under which P^-q / M^q shows, up to --clip.", "adamw", "sgd")
+    eps: float = setting(1e-8, "AdamW's epsilon: a weight whose gradient is below it hardly moves.")
     clip: float = setting(1.0, "Largest norm of the gradient.")
     dtype: str = setting("auto", "float32, bfloat16 (autocast over float32 weights), auto: bfloat16 on CUDA.",
                          "auto", "float32", "bfloat16")
@@ -105,17 +109,17 @@ class Config:
     resume: str | None = setting(None, "Continue this run exactly; --steps may be raised.")
     eval_every: int | None = setting(None, "Steps between validations, which are also checkpoints.")
     eval_samples: int = setting(16, "Samples per prompt in validation and evaluation.")
-    eval_limit: int | None = setting(None, "Validate on at most so many prompts, the first of the fixed draw.")
+    eval_limit: int | None = setting(None, "Validate on at most so many prompts, the first of the split.")
 
 
 LAB_MODEL = str(ROOT / "data" / "ledger" / "model")
-PAPER = dict(model="Qwen/Qwen3-0.6B", answer_budget=128, steps=200, lr=2e-6, eval_every=40, eval_limit=128)
-PRESETS = {  # the paper's rationale budgets (Section 7): of so many tokens 128 are kept for the answer
+HUB = dict(model="Qwen/Qwen3-0.6B", answer_budget=128, steps=200, lr=2e-6, eval_every=40, eval_limit=128)
+PRESETS = {  # the model and the rationale budgets are the paper's (its Section 7; 128 tokens of them for the answer)
     "ledger": dict(model=LAB_MODEL, think_budget=24, answer_budget=8, steps=80, lr=3e-4, eval_every=20),
-    "finqa": dict(PAPER, think_budget=4096 - 128),
-    "hotpotqa": dict(PAPER, think_budget=3072 - 128),
-    "musique": dict(PAPER, think_budget=2048 - 128),
-    "custom": dict(PAPER, think_budget=2048 - 128),
+    "finqa": dict(HUB, think_budget=4096 - 128),
+    "hotpotqa": dict(HUB, think_budget=3072 - 128),
+    "musique": dict(HUB, think_budget=2048 - 128),
+    "custom": dict(HUB, think_budget=2048 - 128),
 }
 RESUMABLE = {"resume", "steps", "rollout", "token_budget", "gpu_share", "gap_bound"}  # may change on --resume
 
@@ -123,12 +127,12 @@ RESUMABLE = {"resume", "steps", "rollout", "token_budget", "gpu_share", "gap_bou
 def resolve(config: Config) -> Config:
     """`config` with every None that has a preset filled in; UserError for a value that no run could use."""
     bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and torch.cuda.is_available())
-    preset = PRESETS[dataset_name(config.data)] | {"K": config.M, "gap_bound": 0.2 if bf16 else 1e-3}
+    preset = PRESETS[dataset_name(config.data)] | {"K": config.M, "q_end": config.q, "gap_bound": 0.2 if bf16 else 1e-3}
     filled = {name: value for name, value in preset.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **filled, dtype="bfloat16" if bf16 else "float32")
     check_settings(config)
-    if not 0 <= config.q <= 1:
-        raise UserError(f"--q must lie in [0, 1], not {config.q}")
+    if not (0 <= config.q <= 1 and 0 <= config.q_end <= 1):
+        raise UserError(f"--q and --q-end must lie in [0, 1], not {config.q} and {config.q_end}")
     return config
 
 
@@ -141,23 +145,19 @@ def _check_q(q: float) -> None:
 
 
 def log_q(u: Tensor | float, q: float) -> Tensor:
-    """Tsallis q-logarithm (1): log_q(u) = (u^(1-q) - 1) / (1 - q) for 0 < u <= 1, and log u at q = 1.
-
-    Elementwise and differentiable. expm1 keeps every digit where 1 - q is tiny and the definition would cancel.
-    """
+    """Tsallis q-logarithm (1): log_q(u) = (u^(1-q) - 1) / (1 - q) for 0 < u <= 1, log u at q = 1. Elementwise."""
     return -tsallis_loss(torch.as_tensor(u).log(), q)
 
 
 def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
     """Loss (3) from log P, elementwise: l_q = -log_q P = (1 - P^(1-q)) / (1 - q); l_0 = 1 - P, l_1 = -log P.
-
-    Finite for any finite log P <= 0, although P itself may underflow: at q < 1 the loss is at most 1 / (1 - q).
+    It takes log P as P underflows; at q < 1 the loss is at most 1 / (1 - q).
     """
     _check_q(q)
     log_P = torch.as_tensor(log_P)
     if q == 1:
         return -log_P
-    return -torch.expm1((1 - q) * log_P) / (1 - q)
+    return -torch.expm1((1 - q) * log_P) / (1 - q)  # expm1: nothing cancels as q -> 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,24 +166,26 @@ def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
 # M rationales z_m ~ p(z | x*) are drawn, w_m = p(y* | x*, z_m), wbar = mean of w, wbar_{-m} = mean of the other M - 1.
 #
 #   GARL (7, 12)   ghat = -1/M^q 1/M sum_m [ c_m grad log p(z_m | x*) + w_m / wbar^q grad log p(y* | x*, z_m) ]
-#                  c_m = w_m / wbar^q - (wbar_{-m})^(1-q)             score-function term and pathwise term
-#   PAFT (14)      ghat = -wbar^(1-q)/M^q 1/K sum_k grad log p(z_{r_k}, y* | x*),    r_k drawn with p = w_m / sum w (13)
+#                  c_m = w_m / wbar^q - (wbar_{-m})^(1-q)             first the score-function, then the pathwise term
+#   PAFT (14)      ghat = -wbar^(1-q)/M^q 1/K sum_k grad log p(z_{r_k}, y* | x*),  r_k = m with chance w_m / sum w (13)
 #
-# M^q, the most that w_m / wbar^q can be, is the normaliser of Algorithms 1 and 2; (12) and (14) do not have it. Every
-# method is a pair of coefficients in one surrogate loss, -sum_m [ a_m log p(z_m | x) + b_m log p(y | x, z_m) ]:
+# M^q, the most that w_m / wbar^q can be, is the normaliser of Algorithms 1 and 2, in effect a smaller learning rate at
+# larger q; (12) and (14) do not have it. Every method is a pair of coefficients in one surrogate loss, where
 #
 #   method               a_m                            b_m                       y
 #   GARL                 c_m / (M M^q)                  w_m / (wbar^q M M^q)      gold y*
 #   GARL, no baseline    w_m / (wbar^q M M^q)           the same                  gold y*
+#   GARL, score only     c_m / (M M^q)                  0                         gold y*; the pathwise term left out
 #   PAFT                 wbar^(1-q) n_m / (K M^q)       the same                  gold y*; m was drawn n_m times
 #   GRPO                 (r_m - mean r) / std r / M     the same                  the sampled y; r_m = [y = y*]
 #
-# In log space and float64: w = exp(log_w) of a long answer underflows long before w_m / wbar^q, which is about P^(1-q).
+# In log space and float64: for q > 0, w = exp(log_w) underflows long before w_m / wbar^q, which is about P^(1-q).
 Coefficients = tuple[Tensor, Tensor]
 
 
 def surrogate_loss(log_pz: Tensor, log_py: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """-sum_m [a_m log p(z_m | x) + b_m log p(y | x, z_m)]: its gradient is the estimator's. All (..., M) -> scalar."""
+    """-sum_m [a_m log p(z_m | x) + b_m log p(y | x, z_m)]: its gradient is ghat, as a and b are detached. All (..., M)
+    -> the sum over all."""
     return -(a * log_pz + b * log_py).sum()
 
 
@@ -206,9 +208,9 @@ def garl_coefficients(log_w: Tensor, q: float, baseline: bool = True) -> Coeffic
 
     q = 0 is Rao-Blackwellised REINFORCE with a leave-one-out baseline (unbiased), q = 1 the IWAE gradient; for q > 0
     the bias is O(1/M) (Thm 6.1). `baseline=False` is the plug-in estimator, a = b, of the same expectation (Prop. 6.2).
-    Where no rollout succeeds every w is small but not 0, and so is the gradient, until P^(1-q) underflows the dtype.
-    log_w: log p(y* | x*, z_m) in nats, (..., M), each in [-1e4, 0]. Returns detached (a, b) of its shape and dtype;
-    M a_m = c_m / M^q and M b_m, the effective reward in [0, 1], are Figure 3's. ValueError: q outside [0, 1], M < 2.
+    Where all of GRPO's rewards are 0 every w is small, not 0, and so is the gradient, until P^(1-q) underflows.
+    log_w: log p(y* | x*, z_m) in nats, (..., M). Returns detached (a, b) of its shape and dtype; M a_m = c_m / M^q and
+    M b_m, the effective reward in [0, 1], are Figure 3's. ValueError: q outside [0, 1]; M < 2 with the baseline.
     """
     _check_q(q)
     M, dtype = log_w.shape[-1], log_w.dtype
@@ -222,7 +224,6 @@ def garl_coefficients(log_w: Tensor, q: float, baseline: bool = True) -> Coeffic
 
 def resample(log_w: Tensor, K: int, generator: torch.Generator | None = None) -> Tensor:
     """PAFT's draw (13): how often each rationale is among K drawn with replacement with probability w_m / sum w.
-
     (..., M) -> counts n of the same shape, in float64, which sum to K. ValueError: K < 1.
     """
     if K < 1:
@@ -237,29 +238,29 @@ def paft_coefficients(log_w: Tensor, q: float, n: Tensor) -> Coefficients:
 
     q = 1 is the E-step of EM, q = 0 posterior SFT scaled by P. Its mean over `resample` given the pool is GARL's
     plug-in, so both have one expectation at every M (D.3); the resampling adds variance (D.4). Where no rollout
-    succeeds the best of the pool are trained, attenuated by P^(1-q). log_w: as in `garl_coefficients`; n: the counts of
-    `resample`, (..., M). Returns detached a = b of log_w's shape and dtype. ValueError: q outside [0, 1].
+    succeeds the likelier ones are trained, attenuated by P^(1-q). log_w: as in `garl_coefficients`; n: the counts of
+    `resample`, summing to K. Returns detached a = b of log_w's shape and dtype. ValueError: q outside [0, 1].
     """
     _check_q(q)
     M, K = log_w.shape[-1], n.sum(-1, keepdim=True)
-    a = ((1 - q) * _log_mean(log_w.detach().double())).exp() * n / (K * M**q)
-    return a.to(log_w.dtype), a.to(log_w.dtype).clone()
+    a = (((1 - q) * _log_mean(log_w.detach().double())).exp() * n / (K * M**q)).to(log_w.dtype)
+    return a, a
 
 
 def grpo_coefficients(reward: Tensor) -> Coefficients:
     """The baseline GRPO, for the *sampled* answers: reward r_m = exact match in {0, 1}, (..., M).
 
     Exactly 0 where all rewards of a prompt agree: a model that never succeeds gets no signal. std is the unbiased one,
-    as in common GRPO code. No ratio, clip or KL term: there is one update per batch of rollouts, so the ratio is 1.
+    as in common GRPO code. No KL term and no division by length; no ratio and no clip, as with one update per batch of
+    rollouts the ratio is 1.
     Returns detached a = b of reward's shape and dtype. ValueError: M < 2.
     """
     r, M = reward.detach().double(), reward.shape[-1]
     if M < 2:
         raise ValueError("GRPO needs M >= 2 rollouts of a prompt")
-    agree = (r == r[..., :1]).all(-1, keepdim=True)
-    advantage = (r - r.mean(-1, keepdim=True)) / r.std(-1, keepdim=True).masked_fill(agree, 1)
-    a = (advantage / M).masked_fill(agree, 0).to(reward.dtype)
-    return a, a.clone()
+    std = r.std(-1, keepdim=True)
+    a = ((r - r.mean(-1, keepdim=True)) / std.masked_fill(std == 0, 1) / M).to(reward.dtype)
+    return a, a
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def start_processes() -> torch.device:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for up to a second, for every new shape
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
-        try:  # one hour: the others wait while rank 0 saves; torchrun ends the run when a process dies
+        try:  # one hour: the others wait while rank 0 saves, and torchrun, not this, notices a process that died
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
         except (ValueError, RuntimeError) as error:
             raise UserError(f"the processes cannot meet: start them with torchrun ({error})") from error
@@ -310,7 +311,6 @@ def say(text: str) -> None:
 @dataclass(frozen=True)
 class Format:
     """The fixed tokens of a sequence: `close` ends the rationale, `seam` precedes the answer, `end` ends the answer.
-
     Qwen3 has </think> as one token; for a model without it `close` is the same string made of ordinary tokens.
     """
 
@@ -342,7 +342,7 @@ class Format:
         return self.tokenizer.apply_chat_template([{"role": "user", "content": text}], **settings)["input_ids"]
 
     def gold(self, answer: str) -> list[int]:
-        """y* as the model must produce it, end token included: without it "3" would score for "38"."""
+        """y* as the model must produce it, end token included: without it a gold "3" would gain from "38"."""
         return self.tokenizer.encode(answer, add_special_tokens=False) + [self.end]
 
     def closed(self, z: Sequence[int]) -> bool:
@@ -386,20 +386,20 @@ def respond(rollout: Rollout, y: list[int], fmt: Format) -> Response:
 Example = tuple[Record, list[int]]  # a record and the ids of its prompt, [] where that is too long
 
 
-def encode(records: list[Record], config: Config, fmt: Format, positions: int) -> list[Example]:
+def encode(records: list[Record], config: Config, fmt: Format, length: int) -> list[Example]:
     """The records with their warm or cold prompts; one that is too long is dropped whole, never cut."""
     ids = [fmt.prompt(r.warm_prompt if config.start == "warm" else r.cold_prompt) for r in records]
     golds, shortest = [len(fmt.gold(r.answer)) for r in records], min(map(len, ids))
-    room = positions - config.think_budget - len(fmt.forced(False)) - max(config.answer_budget, *golds)
+    room = length - config.think_budget - len(fmt.forced(False)) - max(config.answer_budget, *golds)
     limit = min(config.prompt_limit, room)
     if shortest > limit:
         raise UserError(f"every prompt is longer than {limit} tokens (the shortest: {shortest}): raise --prompt-limit "
-                        f"or lower --think-budget (of the model's {positions} positions it leaves {room})")
+                        f"or lower --think-budget (of the model's {length} positions it leaves {room})")
     if shortest < 2:
         raise UserError("the tokenizer makes less than two tokens of a prompt")
     examples = [(record, prompt if len(prompt) <= limit else []) for record, prompt in zip(records, ids)]
     say(f"{sum(bool(prompt) for _, prompt in examples)} of {len(ids)} prompts have at most {limit} tokens; "
-        f"{sum(n > config.answer_budget for n in golds)} have answers over --answer-budget, which no sample can match")
+        f"{sum(n > config.answer_budget for n in golds)} have answers over --answer-budget, which no rollout can match")
     return examples
 
 
@@ -409,7 +409,7 @@ def seed_of(*key: object) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Rollouts: `generate`, on one of two engines with `sync(model)` and `sample(prompts, begun, seeds, budget, ...)`
+# 6. Rollouts: `generate`, on one of two engines
 # ---------------------------------------------------------------------------------------------------------------------
 # Both sample at temperature 1 from the whole vocabulary: the distribution that section 7 scores.
 Sampled = tuple[list[int], list[float]]  # ids, and the sampler's log-probabilities of them
@@ -423,8 +423,7 @@ def autocast(model: PreTrainedModel, config: Config) -> torch.autocast:
 
 def generate(engine: "HFRollouts | VLLMRollouts", prompts: list[list[int]], seeds: list[int], n: int,
              think_budget: int, answer_budget: int, scored: bool = True) -> list[list[Rollout]]:
-    """n rollouts of each prompt: a rationale, what is forced after it (Section 7), then its answer.
-
+    """n rollouts of each prompt: a rationale, what is forced after it (the paper's Section 7), then its answer.
     Rationale m of prompt i has the seed seeds[i] + m, its answer a hash of that, or it would replay the rationale's
     noise. GARL and PAFT need z alone: answer_budget = 0. Unless `scored`, log_p may be left empty.
     """
@@ -440,7 +439,7 @@ def generate(engine: "HFRollouts | VLLMRollouts", prompts: list[list[int]], seed
 
 
 class HFRollouts:
-    """Sampling with transformers (`data.models.sample`): a sample depends on its seed, not on what shares its batch."""
+    """Sampling with transformers (`continue_rows`): a sample depends on its seed, not on what shares its batch."""
 
     def __init__(self, model: PreTrainedModel, fmt: Format, config: Config):
         self.model, self.fmt, self.config = model, fmt, config
@@ -457,7 +456,8 @@ class HFRollouts:
         parts = [slice(i, i + size) for i in range(0, len(prompts), size)]
         ended = lambda ids: ids[-1] == self.fmt.end or thinking and self.fmt.closed(ids)
         with autocast(self.model, self.config):
-            return [row for at in parts for row in sample(self.model, prompts[at], begun[at], seeds[at], budget, ended)]
+            return [row for at in parts for row in continue_rows(self.model, prompts[at], begun[at], seeds[at],
+                                                                  budget, ended)]
 
 
 class VLLMRollouts:
@@ -474,7 +474,7 @@ class VLLMRollouts:
         else:  # seeded samples and a prefill in pieces do not go together on a CPU ("Generator does not use offset")
             device = dict(kv_cache_memory_bytes=2 << 30, enforce_eager=True, enable_chunked_prefill=False,
                           block_size=32, max_num_batched_tokens=max(8192, max_length))
-        if world() > 1:  # under torchrun: one engine a process (vLLM itself joins torch.distributed, alone)
+        if world() > 1:  # under torchrun: one engine a process, each of them a world of size 1 to vLLM
             device["distributed_executor_backend"] = "external_launcher"
         self.llm = vllm.LLM(model=path, dtype=config.dtype, max_model_len=max_length, seed=0, generation_config="vllm",
                             enable_prefix_caching=True, disable_log_stats=True, use_tqdm_on_load=False, **device)
@@ -486,8 +486,7 @@ class VLLMRollouts:
 
     def sync(self, model: PreTrainedModel) -> None:
         """Hand the trainer's weights over and forget the keys and values of the old ones."""
-        # state_dict, as named_parameters() lacks a tied output layer
-        weights = ((name, w.to(self.dtype)) for name, w in model.state_dict().items())
+        weights = ((name, w.to(self.dtype)) for name, w in model.state_dict().items())  # with a tied output layer
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self.llm.reset_prefix_cache():
             raise UserError("vLLM kept keys and values of the old weights (reset_prefix_cache failed)")
@@ -496,7 +495,8 @@ class VLLMRollouts:
                scored: bool) -> list[Sampled]:
         """As `HFRollouts.sample`, with log-probabilities only when `scored`."""
         as_text = thinking and len(self.fmt.close) > 1  # </think> is no token: vLLM must look at the text
-        stop = dict(stop_token_ids=[self.fmt.end] + self.fmt.close * (thinking and not as_text), ignore_eos=True,
+        close = self.fmt.close if thinking and not as_text else []
+        stop = dict(stop_token_ids=[self.fmt.end] + close, ignore_eos=True,  # the end token is among ours
                     stop=[CLOSE] if as_text else None, include_stop_str_in_output=True, detokenize=as_text)
         # all that could bend the distribution, spelled out
         plain = dict(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
@@ -508,7 +508,7 @@ class VLLMRollouts:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Token log-probabilities: the prompt once, the scored positions only, the vocabulary in chunks
+# 7. Token log-probabilities, the vocabulary in chunks
 # ---------------------------------------------------------------------------------------------------------------------
 CHUNK = {"cpu": 2**25, "cuda": 2**28}  # logits held at once: 128 MiB and 1 GiB in float32
 
@@ -523,8 +523,8 @@ def output_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 class _LogProb(torch.autograd.Function):
     """log softmax(h W^T)[target], (N, D), (V, D), (N,) -> (N,), with one chunk of logits alive at a time.
 
-    By hand: torch.utils.checkpoint takes 1.4 times as long (a tenth of the training phase), and torch.mm has no
-    derivative for float32 logits. d logp / d logits = onehot(target) - softmax(logits), from logits computed again.
+    By hand: with torch.utils.checkpoint training takes a tenth longer, and torch.mm(out_dtype=) has no derivative.
+    d logp / d logits = onehot(target) - softmax(logits), from logits computed again; gradients round as in autocast.
     """
 
     @staticmethod
@@ -542,24 +542,25 @@ class _LogProb(torch.autograd.Function):
         hidden, weight, target, log_Z = ctx.saved_tensors
         rows, W = max(1, CHUNK[hidden.device.type] // len(weight)), weight.to(hidden.dtype)
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for h, t, Z, g, d in zip(*(x.split(rows) for x in (hidden, target, log_Z, grad, d_hidden))):
-            d_logits = output_logits(h, W).sub_(Z[:, None]).exp_().mul_(-g[:, None])
+        for h, t, log_z, g, d in zip(*(x.split(rows) for x in (hidden, target, log_Z, grad, d_hidden))):
+            d_logits = output_logits(h, W).sub_(log_z[:, None]).exp_().mul_(-g[:, None])
             d_logits = d_logits.scatter_add_(-1, t[:, None], g[:, None]).to(h.dtype)
-            torch.mm(d_logits, W, out=d)
+            torch.mm(d_logits, W, out=d)  # into d_hidden, of which d is a view
             d_weight += d_logits.T @ h
         return d_hidden, d_weight, None
 
 
 def chunked_log_probs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """log p(target) under softmax(hidden weight^T): (N, D), (V, D), (N,) -> (N,) in float32, nats. Holds `CHUNK` logits
-    at most. The output layer must be a plain matrix, without bias or logit scaling: `probe` checks it."""
+    """log p(target) under softmax(hidden weight^T): (N, D), (V, D), (N,) -> (N,), at least float32, nats. Holds `CHUNK`
+    logits at most. The output layer must be a plain matrix, without bias or logit scaling: `probe` (12) checks it."""
+    # autocast does not reach into a Function of our own
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     return _LogProb.apply(hidden, weight, target)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. The gradient of one prompt
+# 8. The gradient of one prompt, which runs once for all of its rollouts
 # ---------------------------------------------------------------------------------------------------------------------
 class SharedPrompt:
     """Keys and values of one prompt, computed once for all its responses. The gradients that reach them add up in
@@ -571,14 +572,12 @@ class SharedPrompt:
         with autocast(model, config):
             ids = torch.tensor([prompt[:-1]], device=model.device)
             cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
-        self.outputs = [x for layer in cache.layers for x in (layer.keys, layer.values)]  # (1, G, length, D) each
+        self.outputs = [x for layer in cache.layers for x in (layer.keys, layer.values)]  # (1, heads, length, size)
         self.leaves = [x.detach().requires_grad_() for x in self.outputs]
 
     def log_probs(self, ids: Tensor, scored: Tensor) -> Tensor:
-        """log p of every scored token of the responses given what precedes it, in float32, nats; 0 elsewhere.
-
-        ids, scored: (R, T), padded on the right, where no causal position looks. Returns (R, T).
-        """
+        """log p of each scored token of the responses given what precedes it, nats, and 0 elsewhere: (R, T), (R, T) ->
+        (R, T). Padding is on the right, where no causal position looks."""
         R, T = ids.shape
         cache = DynamicCache(config=self.model.config)
         for layer, (k, v) in enumerate(zip(self.leaves[::2], self.leaves[1::2])):
@@ -607,15 +606,15 @@ class Group(NamedTuple):
     seed: int  # of the rollouts; PAFT's draw has one derived from it
 
 
-def score(prompt: SharedPrompt, group: Group, rows: list[int]) -> tuple[list[int], Tensor, Tensor, Tensor]:
+def score(shared: SharedPrompt, group: Group, rows: list[int]) -> tuple[list[int], Tensor, Tensor, Tensor]:
     """Run R responses of a group against their prompt; differentiable where gradients are enabled.
 
     Returns rows, log p(z | x) (R,), log p(y | x, z) (R,), which with the gold answer is log w, and the sampler's gap
     |log p sampler - log p trainer| (sampled tokens,).
     """
     ids, kinds = (pad_sequence([torch.tensor(group.responses[m][i]) for m in rows], batch_first=True)
-                  .to(prompt.model.device) for i in (0, 1))  # (R, T)
-    log_p = prompt.log_probs(ids, kinds != FORCED)
+                  .to(shared.model.device) for i in (0, 1))  # (R, T)
+    log_p = shared.log_probs(ids, kinds != FORCED)
     sampled = kinds == Z if group.reward is None else kinds != FORCED  # a gold answer was not sampled
     sampler = torch.tensor([x for m in rows for x in group.rollouts[m].log_p], device=log_p.device)
     gap = (log_p.detach()[sampled] - sampler).abs().cpu()
@@ -633,11 +632,12 @@ def micro_batches(group: Group, rows: Iterable[int], token_budget: int) -> list[
 
 
 def coefficients(log_w: Tensor, seed: int, config: Config) -> Coefficients:
-    """GARL's or PAFT's (a, b) from log w: (M,); NaN where log w is not finite, for `update` to skip the step."""
+    """(a, b) of GARL or PAFT from log w: (M,); NaN where log w is not finite, for `update` to skip the step."""
     if not log_w.isfinite().all():
         return torch.full_like(log_w, math.nan), torch.full_like(log_w, math.nan)
-    if config.method == "garl":
-        return garl_coefficients(log_w, config.q)
+    if config.method != "paft":
+        a, b = garl_coefficients(log_w, config.q)
+        return a, b if config.method == "garl" else torch.zeros_like(b)
     generator = torch.Generator().manual_seed(seed_of(seed, "resample"))  # independent of the rollouts' noise
     return paft_coefficients(log_w, config.q, resample(log_w, config.K, generator))
 
@@ -646,42 +646,43 @@ def group_gradient(model: PreTrainedModel, group: Group, config: Config) -> tupl
     """Add 1/B of the gradient of one prompt's surrogate loss to the parameters' .grad.
 
     w_m always comes from the trainer's own weights, never from the sampler. Where GARL's rollouts fit the token budget
-    together, one pass scores and is differentiated; otherwise rollouts are scored first, and those with a coefficient
-    run again. Returns merit (log w, for GRPO the reward), a and the metrics.
+    together, one pass scores and is differentiated; otherwise, and for PAFT, which draws few of them, they are scored
+    first, and those whose coefficient is not 0 run again. Returns merit (log w, GRPO: the reward), a and the metrics.
     """
-    prompt, scored, keep_graph = SharedPrompt(model, group.prompt, config), [], False
+    shared, scored, keep_graph = SharedPrompt(model, group.prompt, config), [], False
     if config.method == "grpo":
         merit = group.reward
         a, b = grpo_coefficients(merit)
     else:
         batches = micro_batches(group, range(config.M), config.token_budget)
-        keep_graph = config.method == "garl" and len(batches) == 1
+        keep_graph = config.method != "paft" and len(batches) == 1
         with torch.set_grad_enabled(keep_graph):
-            scored = [score(prompt, group, rows) for rows in batches]
+            scored = [score(shared, group, rows) for rows in batches]
         merit = torch.empty(config.M)
         for rows, _, log_w, _ in scored:
             merit[rows] = log_w.detach().float().cpu()  # log w_m = log p(y* | x*, z_m)
         a, b = coefficients(merit, group.seed, config)
-    trained, gaps = [m for m in range(config.M) if a[m] != 0 or b[m] != 0], [gap for *_, gap in scored]
-    for batch in micro_batches(group, trained, config.token_budget):
-        rows, log_pz, log_py, gap = scored[0] if keep_graph else score(prompt, group, batch)
+    trained, gaps = [m for m in range(config.M) if a[m] != 0 or b[m] != 0], [gap for *_, gap in scored]  # NaN != 0
+    for batch in micro_batches(group, trained, config.token_budget):  # with keep_graph there is one
+        rows, log_pz, log_py, gap = scored[0] if keep_graph else score(shared, group, batch)
         loss = surrogate_loss(log_pz, log_py, a[rows].to(log_pz), b[rows].to(log_py))
         (loss / config.batch_size).backward()
-        gaps.append(gap)
-    prompt.backward()
+        gaps += [] if scored else [gap]
+    shared.backward()
     return merit, a, prompt_metrics(group, merit, trained, torch.cat([torch.zeros(0), *gaps]), config)
 
 
 def prompt_metrics(group: Group, merit: Tensor, trained: list[int], gap: Tensor, config: Config) -> dict:
     """One prompt's part of the step's row; README.md has the glossary. Over the prompts `step_metrics` takes the mean,
     or what a name ends in. None: this method, or this step, does not measure it."""
-    M, rollouts, log_w = config.M, group.rollouts, merit.double()
+    M, rollouts = config.M, group.rollouts
     row = dict.fromkeys(("loss", "log_P_mean", "log_P_min", "ess", "effective_reward_max", "amplified_advantage_max",
                          "reward", "sampler_gap_mean", "sampler_gap_max"))
     if config.method == "grpo":
         row["reward"] = merit.mean().item()
         row["loss"] = 1 - row["reward"]  # l_0, with the mean reward as the estimate of P
     else:
+        log_w = merit.double()
         log_P, (a, b) = _log_mean(log_w).item(), garl_coefficients(log_w, config.q)
         row |= {"loss": tsallis_loss(log_P, config.q).item(), "log_P_mean": log_P, "log_P_min": log_P}
         row["ess"] = log_w.softmax(-1).square().sum().reciprocal().item()  # (sum w)^2 / sum w^2
@@ -732,18 +733,18 @@ def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimi
     """AdamW or SGD without weight decay, its state shared out over the processes; `update` sets the learning rate."""
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
     settings = dict(lr=config.lr, weight_decay=0.0, fused=True)
+    settings |= {"eps": config.eps} if config.optimizer == "adamw" else {}
     if world() == 1:
         return kind(model.parameters(), **settings)
     return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=kind, **settings)
 
 
 def batch_of(step: int, config: Config, size: int) -> list[tuple[int, int]]:
-    """(record, epoch) of the B prompts of step 1, 2, ...: an epoch permutes the `size` records by (seed, epoch)."""
-    batch = []
-    for position in range((step - 1) * config.batch_size, step * config.batch_size):
-        epoch, at = divmod(position, size)
-        batch.append((random.Random(seed_of(config.seed, "epoch", epoch)).sample(range(size), size)[at], epoch))
-    return batch
+    """(index, epoch) of the B prompts of a step: an epoch permutes the `size` records by (seed, epoch); step 0 looks
+    at the end of epoch -1."""
+    order = lambda epoch: random.Random(seed_of(config.seed, "epoch", epoch)).sample(range(size), size)
+    places = (divmod(i, size) for i in range((step - 1) * config.batch_size, step * config.batch_size))
+    return [(order(epoch)[at], epoch) for epoch, at in places]
 
 
 def sample_groups(run: Run, step: int) -> list[Group]:
@@ -774,21 +775,28 @@ def sum_gradients(model: PreTrainedModel) -> None:
             dist.all_reduce(p.grad)
 
 
-def update(run: Run, groups: list[Group], step: int) -> tuple[list[tuple], float]:
-    """One optimiser step on the mean of the B prompts' surrogate losses, none if the gradient's norm is not finite.
+def q_of(step: int, config: Config) -> float:
+    """The q of a step: from --q at step 0 it moves to --q-end at step --q-steps, linearly, and stays there."""
+    return config.q + (config.q_end - config.q) * min(1, step / config.q_steps)
 
-    Returns what `group_gradient` does, and the norm before clipping. One update per batch of rollouts: samples are
-    on-policy, so there is no importance ratio and nothing to clip; no KL term, as the paper has none.
-    """
+
+def update(run: Run, groups: list[Group], step: int) -> tuple[list[tuple], dict]:
+    """One optimiser step on the mean of the B prompts' surrogate losses; none at step 0, which only measures, and none
+    if the gradient's norm is not finite. Returns what `group_gradient` does, and metrics."""
+    config, lr = run.config, run.config.lr * min(1, step / max(1, run.config.warmup))
     run.optimizer.zero_grad(set_to_none=True)
-    results = [group_gradient(run.model, group, run.config) for group in groups]
+    results = [group_gradient(run.model, group, dataclasses.replace(config, q=q_of(step, config))) for group in groups]
     sum_gradients(run.model)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip).item()
-    if math.isfinite(norm):
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip).item()
+    above_eps = None  # what is below, AdamW hardly moves: it divides the mean gradient by its root mean square + eps
+    if config.optimizer == "adamw":
+        gradients = [p.grad for p in run.model.parameters()]
+        above_eps = sum((g.abs() > config.eps).sum() for g in gradients).item() / sum(g.numel() for g in gradients)
+    if step and math.isfinite(norm):
         for parameters in run.optimizer.param_groups:
-            parameters["lr"] = run.config.lr * min(1, step / max(1, run.config.warmup))
+            parameters["lr"] = lr
         run.optimizer.step()
-    return results, norm
+    return results, {"q": q_of(step, config), "grad_norm": norm, "above_eps": above_eps, "lr": lr}
 
 
 def train_step(run: Run, step: int) -> dict:
@@ -796,27 +804,27 @@ def train_step(run: Run, step: int) -> dict:
     clock = [time.perf_counter()]
     groups = sample_groups(run, step)
     clock.append(time.perf_counter())
-    results, norm = update(run, groups, step)
+    results, row = update(run, groups, step)
     if run.model.device.type == "cuda":
         torch.cuda.synchronize()  # the optimiser's time belongs to training
     clock.append(time.perf_counter())
     run.engine.sync(run.model)
     clock.append(time.perf_counter())
-    run.step, run.skipped = step, 0 if math.isfinite(norm) else run.skipped + 1
-    run.silent = run.silent + 1 if norm == 0 and run.config.method != "grpo" else 0
-    row = {"step": step} | step_metrics(gather([metrics for *_, metrics in results]))
-    row |= {"grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"], "skipped_in_a_row": run.skipped}
+    run.step, run.skipped = step, 0 if math.isfinite(row["grad_norm"]) else run.skipped + 1
+    run.silent = run.silent + 1 if row["grad_norm"] == 0 and run.config.method != "grpo" else 0
+    row = {"step": step} | step_metrics(gather([metrics for *_, metrics in results])) | row
+    row["skipped_in_a_row"] = run.skipped
     for name, start, end in zip(("rollout", "train", "sync"), clock, clock[1:]):
         row[f"seconds_{name}"] = round(end - start, 4)
     tokens = run.config.batch_size * (row["sampled_tokens"] + row["trained_tokens"])
     row["tokens_per_second"] = round(tokens / (clock[-1] - clock[0]), 1)
-    if rank() == 0 and (step == 1 or step % run.config.eval_every == 0):
+    if rank() == 0 and step % run.config.eval_every == 0:
         append_jsonl(run.out / "samples.jsonl", samples_of(run, groups[0], *results[0][:2]))
     return row
 
 
 def samples_of(run: Run, group: Group, merit: Tensor, a: Tensor) -> list[dict]:
-    """Two decoded rollouts of one prompt for samples.jsonl: that of the largest w (GRPO: reward), and another one."""
+    """Two decoded rollouts of the longest prompt for samples.jsonl: that of the largest w (GRPO: reward), another."""
     best, fmt = int(merit.argmax()), run.engine.fmt
     return [{"step": run.step, "id": group.record.id, "gold": group.record.answer,
              "log_w" if group.reward is None else "reward": merit[m].item(), "a": a[m].item(),
@@ -895,16 +903,15 @@ def restore(run: Run, folder: Path) -> None:
 # 11. The training loop
 # ---------------------------------------------------------------------------------------------------------------------
 def train(run: Run) -> None:
-    """Validate, then step, log, validate and save until `steps` are done or the run is asked to stop."""
+    """Step, log, validate and save until `steps` are done or the run is asked to stop. Step 0 measures the start: its
+    log P tells what GARL and PAFT will meet, and no weight moves."""
     config = run.config
     run.engine.sync(run.model)
-    if not config.resume:
-        finish_step(run, {"step": 0})
     with tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=rank() > 0 or None) as bar:
-        for step in range(run.step + 1, config.steps + 1):
+        for step in range(run.step + 1 if config.resume else 0, config.steps + 1):
             row = train_step(run, step)
             finish_step(run, row)
-            bar.update()
+            bar.update(min(1, step))  # step 0 is none of them
             bar.set_postfix_str(f"loss {row['loss']:.4f}, best maj@{config.eval_samples} {run.best:.1f}%")
             if any(gather([run.stop])):
                 break
@@ -1007,12 +1014,8 @@ def make_engine(config: Config, path: str, model: PreTrainedModel, fmt: Format,
 
 def start_run(config: Config, out: Path, device: torch.device) -> Run:
     """Load data, model, sampler and optimiser, or continue the run in `out`."""
-    if device.type == "cpu" and dataset_name(config.data) != "ledger":
-        say("no CUDA device was found, so this trains on the CPU; if there is one, see nvidia-smi and "
-            "torch.version.cuda: a wheel for CUDA 13 needs driver 580 or newer")
-    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if device.type == "cpu" and config.dtype == "bfloat16" and not bf16:
-        say("this CPU has no bfloat16 arithmetic: --dtype float32 is about a hundred times faster")
+    for line in cpu_warnings(config.dtype, dataset_name(config.data) != "ledger") if device.type == "cpu" else ():
+        say(line)
     checkpoint = checkpoint_of(out) if config.resume else None
     path = str(checkpoint or config.model)
     fewest = min((n for n in (config.limit, config.eval_limit) if n), default=None)
@@ -1050,7 +1053,8 @@ def run_folder(config: Config) -> contextlib.AbstractContextManager[Path]:
             raise UserError(f"--out {config.out} already holds a run; pass another folder, or --resume {config.out}")
         ours = {"lock", "config.json", *LOGS, "best", "best.new", "best.old", "last.new"}
         return held_folder(user_path(config.out), may_hold=ours)
-    method = config.method if config.method == "grpo" else f"{config.method}-q{config.q:g}"
+    to = f"to{config.q_end:g}" if config.q_end != config.q else ""
+    method = config.method if config.method == "grpo" else f"{config.method}-q{config.q:g}{to}"
     name = f"{dataset_name(config.data)}-{config.start}-{method}-seed{config.seed}"
     return held_folder(Path("runs", name), new=True)
 

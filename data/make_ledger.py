@@ -2,6 +2,7 @@
 
     python data/make_ledger.py                 # everything, in place, fixed seeds: about 10 minutes on two cores
     python data/make_ledger.py --out DIR       # somewhere else
+    python data/make_ledger.py --form '[[N]]' --out DIR        # the splits alone, with 23 as [[23]]: a colder start
 
 The task: a table of three items and two years, a question about one of them, a numeric answer.
 
@@ -123,11 +124,12 @@ def make_splits(seed: int = 0) -> dict[str, list[Problem]]:
     return {split: [next(problems) for _ in range(size)] for split, size in SIZES.items()}
 
 
-def write_splits(splits: dict[str, list[Problem]], out: Path) -> None:
-    """One JSONL file per split; the keys are the fields of `Record` in data/__init__.py."""
+def write_splits(splits: dict[str, list[Problem]], out: Path, form: str = "N") -> None:
+    """One JSONL file per split; the keys are the fields of `Record` in data/__init__.py. form: the answer, for N."""
     for split, problems in splits.items():
         lines = [json.dumps({"id": f"ledger-{split}-{index}", "warm_prompt": problem.warm_prompt,
-                             "cold_prompt": problem.cold_prompt, "answer": problem.answer, "aliases": []})
+                             "cold_prompt": problem.cold_prompt, "answer": form.replace("N", problem.answer),
+                             "aliases": []})
                  for index, problem in enumerate(problems)]
         (out / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -378,10 +380,15 @@ def main() -> None:
     """Writes the splits and the model, and prints what its base policy does on the validation split."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "ledger", help="folder to write")
-    out = parser.parse_args().out
+    parser.add_argument("--form", help="write only the splits, each answer in this text for N; needs --out")
+    given = parser.parse_args()
+    if given.form is not None and ("N" not in given.form or given.out == parser.get_default("out")):
+        parser.error("--form needs an N in it, and --out for another folder than the shipped one")
+    out, splits = given.out, make_splits()
     out.mkdir(parents=True, exist_ok=True)
-    splits = make_splits()
-    write_splits(splits, out)
+    write_splits(splits, out, given.form or "N")
+    if given.form is not None:
+        return
     held_out = {problem.cold_prompt for problems in splits.values() for problem in problems}
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)

@@ -177,3 +177,14 @@ def vllm_runs_here() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "the installed vLLM needs a GPU, and there is none"
     return True, "vLLM is installed and there is a GPU"
+
+
+def cpu_warnings(dtype: str, large: bool) -> list[str]:
+    """What to tell someone who trains on a CPU: a large model, or bfloat16 where it is emulated."""
+    lines = []
+    if large:
+        lines.append("no CUDA device was found, so this trains on the CPU; if there is one, see nvidia-smi and "
+                     "torch.version.cuda: a wheel for CUDA 13 needs driver 580 or newer")
+    if dtype == "bfloat16" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        lines.append("this CPU has no bfloat16 arithmetic: --dtype float32 is about a hundred times faster")
+    return lines
