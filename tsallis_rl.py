@@ -40,6 +40,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while what follows loads: no traceback; `main` restores it
 os.environ.setdefault("GOMP_SPINCOUNT", "500")  # idle threads that spin for long slow a shared CPU down severalfold
 
 import torch
@@ -131,8 +133,9 @@ def resolve(config: Config) -> Config:
     filled = {name: value for name, value in preset.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **filled, dtype="bfloat16" if bf16 else "float32")
     check_settings(config)
-    if not (0 <= config.q <= 1 and 0 <= config.q_end <= 1):
-        raise UserError(f"--q and --q-end must lie in [0, 1], not {config.q} and {config.q_end}")
+    for name, value in (("--q", config.q), ("--q-end", config.q_end)):
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} must lie in [0, 1], not {value}")
     return config
 
 
@@ -151,8 +154,7 @@ def log_q(u: Tensor | float, q: float) -> Tensor:
 
 def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
     """Loss (3) from log P, elementwise: l_q = -log_q P = (1 - P^(1-q)) / (1 - q); l_0 = 1 - P, l_1 = -log P.
-    It takes log P as P underflows; at q < 1 the loss is at most 1 / (1 - q).
-    """
+    It takes log P as P underflows; at q < 1 the loss is at most 1 / (1 - q)."""
     _check_q(q)
     log_P = torch.as_tensor(log_P)
     if q == 1:
@@ -224,8 +226,7 @@ def garl_coefficients(log_w: Tensor, q: float, baseline: bool = True) -> Coeffic
 
 def resample(log_w: Tensor, K: int, generator: torch.Generator | None = None) -> Tensor:
     """PAFT's draw (13): how often each rationale is among K drawn with replacement with probability w_m / sum w.
-    (..., M) -> counts n of the same shape, in float64, which sum to K. ValueError: K < 1.
-    """
+    (..., M) -> counts n of the same shape, in float64, which sum to K. ValueError: K < 1."""
     if K < 1:
         raise ValueError(f"PAFT needs K >= 1 resampled rationales, not {K}")
     posterior = log_w.detach().double().softmax(-1)  # a softmax: defined where every w underflows
@@ -311,8 +312,7 @@ def say(text: str) -> None:
 @dataclass(frozen=True)
 class Format:
     """The fixed tokens of a sequence: `close` ends the rationale, `seam` precedes the answer, `end` ends the answer.
-    Qwen3 has </think> as one token; for a model without it `close` is the same string made of ordinary tokens.
-    """
+    Qwen3 has </think> as one token; for a model without it `close` is the same string made of ordinary tokens."""
 
     tokenizer: PreTrainedTokenizerBase
     close: list[int]
@@ -425,8 +425,7 @@ def generate(engine: "HFRollouts | VLLMRollouts", prompts: list[list[int]], seed
              think_budget: int, answer_budget: int, scored: bool = True) -> list[list[Rollout]]:
     """n rollouts of each prompt: a rationale, what is forced after it (the paper's Section 7), then its answer.
     Rationale m of prompt i has the seed seeds[i] + m, its answer a hash of that, or it would replay the rationale's
-    noise. GARL and PAFT need z alone: answer_budget = 0. Unless `scored`, log_p may be left empty.
-    """
+    noise. GARL and PAFT need z alone: answer_budget = 0. Unless `scored`, log_p may be left empty."""
     fmt, rows = engine.fmt, [prompt for prompt in prompts for _ in range(n)]
     seeds = [seed + m for seed in seeds for m in range(n)]
     rationales = engine.sample(rows, [[]] * len(rows), seeds, think_budget, True, scored)
@@ -553,9 +552,8 @@ class _LogProb(torch.autograd.Function):
 def chunked_log_probs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """log p(target) under softmax(hidden weight^T): (N, D), (V, D), (N,) -> (N,), at least float32, nats. Holds `CHUNK`
     logits at most. The output layer must be a plain matrix, without bias or logit scaling: `probe` (12) checks it."""
-    # autocast does not reach into a Function of our own
     if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # it does not reach into our own Function
     return _LogProb.apply(hidden, weight, target)
 
 
@@ -834,7 +832,8 @@ def samples_of(run: Run, group: Group, merit: Tensor, a: Tensor) -> list[dict]:
 
 def check_health(run: Run, row: dict) -> None:
     """Say when nothing is learnt; stop when sampler and trainer disagree, or after ten steps that were not finite."""
-    gap, good = row.get("sampler_gap_mean"), f"the last good checkpoint is {run.out / 'last'}"
+    gap, last = row["sampler_gap_mean"], checkpoint_of(run.out)
+    good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
     if run.silent == 5:
         say(f"five steps without a gradient: at log P = {row['log_P_mean']:.0f} P^(1-q) underflows; a larger --q "
             "helps, or a smaller --lr where log P was near 0 before")
@@ -1053,8 +1052,8 @@ def run_folder(config: Config) -> contextlib.AbstractContextManager[Path]:
             raise UserError(f"--out {config.out} already holds a run; pass another folder, or --resume {config.out}")
         ours = {"lock", "config.json", *LOGS, "best", "best.new", "best.old", "last.new"}
         return held_folder(user_path(config.out), may_hold=ours)
-    to = f"to{config.q_end:g}" if config.q_end != config.q else ""
-    method = config.method if config.method == "grpo" else f"{config.method}-q{config.q:g}{to}"
+    q = f"-q{config.q:g}" + (f"to{config.q_end:g}" if config.q_end != config.q else "")
+    method = config.method + (q if config.method != "grpo" else "")
     name = f"{dataset_name(config.data)}-{config.start}-{method}-seed{config.seed}"
     return held_folder(Path("runs", name), new=True)
 
@@ -1090,6 +1089,7 @@ def program(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return exit_code(lambda: program(argv))
 
 

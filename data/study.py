@@ -1,8 +1,8 @@
 """The laboratory study behind "What we found" in README.md: every run on `ledger`, its logs, tables and figures.
 
-    python data/study.py gate cold warm noise --jobs 2     # run what is not yet in data/results/: hours on two cores
-    python data/study.py real --model SMOLLM2 --official DIR   # SmolLM2-135M-Instruct on rows of the benchmarks
-    python data/study.py --figures                         # data/figures/*.png and the tables, from data/results/
+    python data/study.py predict gate cold warm noise schedule   # what data/results/ lacks: hours on two cores
+    python data/study.py real --model SMOLLM2 --official DIR     # SmolLM2-135M-Instruct on rows of the benchmarks
+    python data/study.py --figures                               # data/figures/*.png and tables, from data/results/
 
 A line of data/results/TABLE.jsonl is one run: its command, which repeats it, the columns of its metrics.jsonl, and
 what `eval.py --split test` says of its best checkpoint. Data sets that commands name are made first, below runs/study.
@@ -11,6 +11,7 @@ Contents: 1 the tables, 2 running them, 3 the gate's line, 4 tables and figures,
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -24,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,50 +36,43 @@ RESULTS, FIGURES, WORK = ROOT / "data" / "results", ROOT / "data" / "figures", P
 # ---------------------------------------------------------------------------------------------------------------------
 SEEDS = (0, 1, 2)
 QS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
-FORMS = {"plain": "N", "one": "[N", "two": "[[N]", "three": "[[[N]]]"}  # the model never writes a bracket
+FORMS = {"plain": "N", "colon": ": N", "bracket": "[N", "dots": ".N.", "brackets": "[[N]"}  # colder and colder
 OPTIMIZERS = {"adamw-1e-8": "", "adamw-1e-20": "--eps 1e-20", "sgd": "--optimizer sgd --lr 0.1"}
-LAB = "--rollout hf --model data/ledger/model --think-budget 24 --answer-budget 8 --batch-size 4 --M 16"
-NOISE = (0, 10, 30)
+LAB = "--rollout hf --model data/ledger/model --think-budget 24 --answer-budget 8 --M 16"
+NOISE = (0, 10, 30)  # percent
 
 
 def gate(method: str, optimizers: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Where a start is passed: cold, 40 steps, answers of four forms."""
-    for form in FORMS:
-        for optimizer, options in optimizers.items():
-            for q in QS:
-                for seed in SEEDS:
-                    yield (f"{method} {form} {optimizer} q={q:g} seed={seed}",
-                           f"{LAB} --data {WORK}/{form} --start cold --method {method} --q {q:g} --steps 40 --lr 3e-4 "
-                           f"--eval-every 40 --eval-limit 1 --eval-samples 1 {options} --seed {seed}")
+    """Where a start is passed: cold, 40 steps, answers of five forms."""
+    for form, (optimizer, options), q, seed in itertools.product(FORMS, optimizers.items(), QS, SEEDS):
+        yield (f"{method} {form} {optimizer} q={q:g} seed={seed}",
+               f"{LAB} --batch-size 2 --data {WORK}/{form} --start cold --method {method} --q {q:g} --steps 40 "
+               f"--lr 3e-4 --limit 200 --eval-every 40 --eval-limit 1 --eval-samples 1 {options} --seed {seed}")
 
 
 def learning(start: str, methods: dict[str, tuple], options: dict[str, str], data: str, more: str) -> Iterator:
     """Runs with validation: methods name -> its values of q."""
-    for variant, option in options.items():
-        for method, qs in methods.items():
-            for q in qs:
-                for seed in SEEDS:
-                    yield (f"{method} {variant} q={q:g} seed={seed}",
-                           f"{LAB} --data {data} --start {start} --method {method} --q {q:g} {option} {more} "
-                           f"--eval-every 20 --eval-limit 50 --seed {seed}")
+    for (variant, option), (method, qs), seed in itertools.product(options.items(), methods.items(), SEEDS):
+        for q in qs:
+            yield (f"{method} {variant} q={q:g} seed={seed}",
+                   f"{LAB} --batch-size 4 --data {data} --start {start} --method {method} --q {q:g} {option} {more} "
+                   f"--eval-every 20 --eval-limit 24 --seed {seed}")
 
 
 def tables() -> dict[str, list[tuple[str, str]]]:
     """Table -> its runs."""
     cold = {"grpo": (0,), "garl": (0, 0.25, 0.5, 0.75, 1)}
-    warm = {"grpo": (0,), "garl": (0, 0.25, 0.75, 1), "paft": (0, 0.25, 0.75, 1), "garl-score": (0.75, 1)}
-    noise = [run for share in NOISE for run in learning(
-        "cold", {"garl": (0, 0.5, 0.75, 1)}, {f"noise={share}%": ""}, f"{WORK}/noise{share}", "--lr 3e-4 --steps 120")]
+    warm = {"grpo": (0,), "garl": (0, 0.75, 1), "paft": (0, 0.75, 1), "garl-score": (0.75,)}
+    noisy = lambda share, variant, qs, option="": learning(
+        "cold", {"garl": qs}, {f"{variant}noise={share}%": option}, f"{WORK}/noise{share}", "--lr 3e-4 --steps 100")
     return {
         "gate": [*gate("garl", OPTIMIZERS), *gate("paft", {"adamw-1e-8": ""})],
         "cold": list(learning("cold", cold, {"adamw": "--lr 3e-4", "sgd": "--optimizer sgd --lr 0.3"}, "ledger",
-                              "--steps 80")),
+                              "--steps 60")),
         "warm": list(learning("warm", warm, {f"lr={lr}": f"--lr {lr}" for lr in ("3e-4", "3e-3")}, "ledger",
-                              "--steps 80")),
-        "noise": noise,
-        "schedule": [run for share in (0, 30) for run in learning(
-            "cold", {"garl": (1,)}, {f"to 0, noise={share}%": "--q-end 0 --q-steps 60"}, f"{WORK}/noise{share}",
-            "--lr 3e-4 --steps 120")],
+                              "--steps 60")),
+        "noise": [run for share in NOISE for run in noisy(share, "", (0, 0.75, 1))],
+        "schedule": [run for share in NOISE for run in noisy(share, "1-to-0,", (1,), "--q-end 0 --q-steps 50")],
     }
 
 
@@ -87,7 +81,8 @@ def make_data() -> None:
     a noisy set holds its noisy rows, so that accuracy on it is the share that was memorised."""
     for name, form in FORMS.items():
         if not (WORK / name / "test.jsonl").exists():
-            subprocess.run([sys.executable, ROOT / "data" / "make_ledger.py", "--form", form, "--out", WORK / name], check=True)
+            make = [sys.executable, ROOT / "data" / "make_ledger.py", f"--form={form}", "--out", WORK / name]
+            subprocess.run(make, check=True)
     rows = [json.loads(line) for line in (ROOT / "data/ledger/train.jsonl").read_text().splitlines()[:100]]
     for share in NOISE:
         folder, rng = WORK / f"noise{share}", random.Random(0)
@@ -100,16 +95,17 @@ def make_data() -> None:
         shutil.copy(ROOT / "data/ledger/validation.jsonl", folder)
 
 
-REAL = "--rollout hf --dtype bfloat16 --model {model} --prompt-limit 900 --think-budget 48 --answer-budget 24 --batch-size 4 --M 8"
+REAL = "--rollout hf --dtype bfloat16 --prompt-limit 900 --think-budget 48 --answer-budget 24 --batch-size 2 --M 8"
 
 
 def real(model: str) -> list[tuple[str, str]]:
     """Real language: rows of FinQA as they are, of the others with the supporting paragraphs and one more."""
+    methods = (("garl", 0.75), ("grpo", 0), ("paft", 0.75), ("garl", 0))
     return [(f"{name} {start} {method} q={q:g} seed={seed}",
-             f"{REAL.format(model=model)} --data {name}:{WORK}/{name} --start {start} --method {method} --q {q:g} --steps 40 "
-             f"--lr 1e-5 --eval-every 40 --eval-limit 20 --eval-samples 8 --seed {seed}")
-            for seed in (0, 1) for name in ("finqa", "hotpotqa", "musique")
-            for start in ("cold", "warm") for method, q in (("garl", 0.75), ("grpo", 0), ("paft", 0.75), ("garl", 0))]
+             f"{REAL} --model {model} --data {name}:{WORK}/{name} --start {start} --method {method} --q {q:g} "
+             f"--steps 30 --lr 2e-5 --eval-every 30 --eval-limit 12 --eval-samples 8 --seed {seed}")
+            for seed in (0, 1) for start in ("cold", "warm") for name in ("finqa", "hotpotqa", "musique")
+            for method, q in methods]
 
 
 def shorten(official: Path) -> None:
@@ -160,22 +156,21 @@ def run_one(job: tuple[str, str, str]) -> dict:
     line = {"run": name, "command": f"OMP_NUM_THREADS=1 python tsallis_rl.py {command}"}
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         code = tsallis_rl.main([*command.split(), "--out", str(out)])
-        if table != "gate" and code == 0:
+        if table not in ("gate", "real") and code == 0:
             config = replace(tsallis_rl.parse(command.split()), model=str(out / "best"), eval_samples=16)
             records = load(config.data, "test", 100)
             line["test"] = summarize(tsallis_rl.answer(config, records), records)
     line |= {"exit": code, "seconds": round(time.perf_counter() - start, 1), "metrics": columns(out / "metrics.jsonl")}
-    if table == "gate":
+    if table in ("gate", "real"):
         shutil.rmtree(out)
     return line
 
 
-def run_tables(names: list[str], jobs: int) -> None:
-    """The runs that data/results/ lacks, `jobs` at a time, each on one thread."""
+def run_tables(todo: list[tuple[str, str, str]], jobs: int) -> None:
+    """The runs (table, name, command) that data/results/ lacks, `jobs` at a time, each on one thread."""
     RESULTS.mkdir(exist_ok=True)
-    make_data()
-    done = {table: {line["run"] for line in read(table)} for table in names}
-    todo = [(table, *run) for table in names for run in tables()[table] if run[0] not in done[table]]
+    done = {table: {line["run"] for line in read(table)} for table, *_ in todo}
+    todo = [job for job in todo if job[1] not in done[job[0]]]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         for i, (job, line) in enumerate(zip(todo, pool.imap(run_one, todo)), 1):
             with open(RESULTS / f"{job[0]}.jsonl", "a") as file:
@@ -192,42 +187,58 @@ def read(table: str) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. The gate's line, from step 0 alone
 # ---------------------------------------------------------------------------------------------------------------------
-# GARL's gradient of a weight is P^(1-q) / M^q times that of log P, so M^(1-q) P^(1-q) g1, where g1 is its gradient at
-# q = 1. AdamW divides it by itself as long as it is above eps (or above about 1e-21, whose square float32 no longer
-# holds), so a start is passed where
+# GARL's gradient of weight i is s g_i, where g is that at q = 1 (which is grad log P / M) and s = (M P)^(1-q). AdamW's
+# step divides it by its own size as long as that is above eps (or above about 1e-21, whose square float32 no longer
+# holds), so that log P rises by lr M sum_i |g_i| s |g_i| / (s |g_i| + eps) a step: the full rate, whatever q, while
 #
-#     (1 - q) (|log P0| - log M) < log(g1 / eps)
+#     (1 - q) (|log P0| - log M) < log(g1 / eps),     g1: half of the sum of |g| is in weights above it
 #
-# SGD moves log P by lr P^(1-q) / M^q G^2 a step, G = M |g at q = 1|: passed in T steps where
-#
-#     (1 - q) (|log P0| - log M) < log(lr T G^2 / M)
+# and next to nothing beyond. SGD's log P rises by lr M s |g|^2 a step. With g held at its start the rate can be summed
+# up to a predicted step of escape.
 def predict() -> None:
-    """log P0 and |g1| of each form, the mean over seeds, to data/results/gate-line.json: from step 0 at q = 1."""
+    """log P0 and the distribution of |g| of each form, over the seeds, to data/results/gate-line.json: from step 0."""
     import torch
     import tsallis_rl
     make_data()
     line = {}
     for form in FORMS:
-        measured = []
+        log_P, g = [], []
         for seed in SEEDS:
             command = dict(gate("garl", {"adamw-1e-8": ""}))[f"garl {form} adamw-1e-8 q=1 seed={seed}"]
             config = tsallis_rl.parse([*command.split(), "--clip", "1e9"])
-            run = tsallis_rl.start_run(config, Path(WORK / "predict"), torch.device("cpu"))
+            (WORK / "predict").mkdir(exist_ok=True)
+            run = tsallis_rl.start_run(config, WORK / "predict", torch.device("cpu"))
             results, _ = tsallis_rl.update(run, tsallis_rl.sample_groups(run, 0), 0)
-            g = torch.cat([p.grad.abs().flatten() for p in run.model.parameters()]).double()
-            measured.append({"log_P0": fmean(row["log_P_mean"] for *_, row in results), "norm": g.square().sum().sqrt().item(),
-                             "median": g[g > 0].median().item(), "zero": (g == 0).double().mean().item()})
-        line[form] = {name: fmean(m[name] for m in measured) for name in measured[0]}
-        print(form, line[form], flush=True)
+            log_P.append(fmean(row["log_P_mean"] for *_, row in results))
+            g.append(torch.cat([p.grad.abs().flatten() for p in run.model.parameters()]).double().sort().values)
+        g = torch.stack(g).mean(0)  # by rank
+        shares = torch.linspace(0.005, 0.995, 100, dtype=torch.float64)  # of the sum of |g|
+        line[form] = {"log_P0": fmean(log_P), "sum": g.sum().item(), "squares": g.square().sum().item(),
+                      "g": g[torch.searchsorted(g.cumsum(0) / g.sum(), shares)].tolist()}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "gate-line.json").write_text(json.dumps(line, indent=1) + "\n")
+    (RESULTS / "gate-line.json").write_text(json.dumps(line) + "\n")
 
 
-def room(optimizer: str, start: dict, M: int = 16, steps: int = 40) -> float:
-    """The right-hand side: how many nats of (1 - q) (|log P0| - log M) an optimiser passes."""
-    if optimizer == "sgd":
-        return math.log(0.1 * steps * (M * start["norm"])**2 / M)
-    return math.log(start["median"] / max(float(optimizer.removeprefix("adamw-")), 1e-21))
+def room(optimizer: str, start: dict) -> float:
+    """The line's right-hand side in nats, log(g1 / eps). AdamW only."""
+    return math.log(start["g"][50] / max(float(optimizer.removeprefix("adamw-")), 1e-21))
+
+
+def predicted(optimizer: str, start: dict, q: float, M: int = 16, steps: int = 1000) -> int | None:
+    """The step at which log P has come half of its way to 0; None if not within `steps`."""
+    log_P = start["log_P0"]
+    for step in range(1, steps + 1):
+        s, warmup = math.exp((1 - q) * (log_P + math.log(M))), min(1, step / 5)
+        if optimizer == "sgd":
+            norm = s * start["squares"]**0.5  # clipped at 1
+            rate = 0.1 * M * s * start["squares"] / max(1, norm)
+        else:
+            eps = max(float(optimizer.removeprefix("adamw-")), 1e-21)
+            rate = 3e-4 * M * start["sum"] * fmean(s * g / (s * g + eps) for g in start["g"])
+        log_P += warmup * rate
+        if log_P > start["log_P0"] / 2:
+            return step
+    return None
 
 
 def escape(line: dict) -> int | None:
@@ -244,27 +255,37 @@ def spread(values: list[float], form: str = ".0f") -> str:
     return f"{fmean(values):{form}} ({min(values):{form}}-{max(values):{form}})" if values else "-"
 
 
-def print_gate() -> None:
-    """A row per method, optimiser and form: the median escape step at each q, and what the line says of it."""
-    start, cells = json.loads((RESULTS / "gate-line.json").read_text()), defaultdict(list)
+def gate_cells() -> dict[tuple, list]:
+    """(method, optimiser, form, q) -> the seeds' steps of escape."""
+    cells = defaultdict(list)
     for line in read("gate"):
         method, form, optimizer, q, _ = line["run"].split()
         cells[method, optimizer, form, float(q[2:])].append(escape(line))
-    print("| method | optimiser | log P0 | passes | " + " | ".join(f"q = {q:g}" for q in QS) + " |\n" + "|---" * 10 + "|")
-    right = []
+    return cells
+
+
+def middle(steps: list) -> int | None:
+    """The median of steps, where None comes last."""
+    return sorted(steps, key=lambda step: math.inf if step is None else step)[len(steps) // 2]
+
+
+def print_gate() -> None:
+    """A row per method, optimiser and form: the median step of escape / the predicted one, at each q."""
+    start, cells, right = json.loads((RESULTS / "gate-line.json").read_text()), gate_cells(), defaultdict(list)
+    print("| method | optimiser | log P0 | passes |", " | ".join(f"q = {q:g}" for q in QS), "|\n" + "|---" * 10 + "|")
     for method, optimizer, form in dict.fromkeys(key[:3] for key in cells):
-        log_P0, limit, row = -start[form]["log_P0"], room(optimizer, start[form]), []
-        for q in QS:
-            steps = cells[method, optimizer, form, q]
-            passed, predicted = sum(s is not None for s in steps) > len(steps) / 2, (1 - q) * (log_P0 - math.log(16)) < limit
-            right.append((method, optimizer, passed == predicted))
-            middle = sorted(steps, key=lambda s: 99 if s is None else s)[len(steps) // 2]
-            row.append(("flat" if middle is None else str(middle)) + (" (!)" if passed != predicted else ""))
-        print(f"| {method} | {optimizer} | {-log_P0:.0f} | {limit:.0f} nats | " + " | ".join(row) + " |")
-    for key in dict.fromkeys(r[:2] for r in right):
-        hits = [r[2] for r in right if r[:2] == key]
-        print(f"{' '.join(key)}: {sum(hits)} of {len(hits)} cells on the predicted side")
-    print(f"all: {sum(r[2] for r in right)} of {len(right)}")
+        row, log_P0 = [], start[form]["log_P0"]
+        limit = math.nan if optimizer == "sgd" else room(optimizer, start[form])
+        for q in (q for q in QS if (method, optimizer, form, q) in cells):
+            seen, told = middle(cells[method, optimizer, form, q]), predicted(optimizer, start[form], q)
+            right["by steps", method, optimizer].append((seen is not None) == (told is not None and told <= 40))
+            if optimizer != "sgd":
+                below = (1 - q) * (-log_P0 - math.log(16)) < limit
+                right["by line", method, optimizer].append((seen is not None) == below)
+            row.append(f"{seen or 'flat'} / {told or 'never'}")
+        print(f"| {method} | {optimizer} | {log_P0:.0f} | {limit:.1f} | " + " | ".join(row) + " |")
+    for (rule, method, optimizer), hits in sorted(right.items()):
+        print(f"{rule}, {method}, {optimizer}: {sum(hits)} of {len(hits)} cells on the predicted side")
 
 
 def print_learning(table: str) -> None:
@@ -276,38 +297,40 @@ def print_learning(table: str) -> None:
     for name, lines in groups.items():
         last = lambda key: [x[-1] for line in lines if (x := line["metrics"].get(key)) and x[-1] is not None]
         test = [spread([line["test"][key] for line in lines if "test" in line]) for key in ("p@1", "p@16", "maj@16")]
-        print(f"| {name} | {spread(last('log_P_mean'), '.1f')} | {spread(last('val_maj@16'))} | " + " | ".join(test) + " |")
+        ends = spread(last("log_P_mean"), ".1f"), spread(last("val_maj@16"))
+        print("|", " | ".join((name, *ends, *test)), "|")
 
 
-def figures() -> None:
-    """data/figures/gate.png and learning.png; the tables to the terminal."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    FIGURES.mkdir(exist_ok=True)
-    if read("gate"):
-        print_gate()
-        start, cells = json.loads((RESULTS / "gate-line.json").read_text()), defaultdict(lambda: defaultdict(list))
-        for line in read("gate"):
-            method, form, optimizer, q, _ = line["run"].split()
-            cells[method, optimizer][float(q[2:]), -start[form]["log_P0"]].append(escape(line))
-        figure, axes = pyplot.subplots(1, len(cells), figsize=(3.4 * len(cells), 3.6), layout="constrained", sharey=True)
-        for axis, ((method, optimizer), points) in zip(axes, cells.items()):
-            for (q, log_P0), steps in points.items():
-                for i, step in enumerate(sorted(steps, key=lambda s: 99 if s is None else s)):  # a mark a seed
-                    look = dict(marker="x", c="black") if step is None else dict(c=[step], cmap="viridis", vmin=5, vmax=40)
-                    shown = axis.scatter(q + 0.03 * (i - 1), log_P0, s=24, **look)
-                    drawn = shown if step is not None else drawn
-            limit = median(room(optimizer, s) for s in start.values())
-            qs = [i / 200 for i in range(200)]
-            axis.plot(qs, [math.log(16) + limit / (1 - q) for q in qs], c="crimson", label="predicted from step 0")
-            axis.set(xlabel="q", title=f"{method}, {optimizer}", ylim=(0, 1.1 * max(y for _, y in points)))
-        axes[0].set(ylabel="|log P| at the start (nats)")
-        axes[0].legend(loc="upper left")
-        figure.colorbar(drawn, ax=axes, label="step of escape (x: none in 40)")
-        figure.savefig(FIGURES / "gate.png", dpi=130)
-    panels = {("cold", "adamw"): "cold start, AdamW", ("cold", "sgd"): "cold start, SGD", ("warm", "lr=3e-4"): "warm, lr 3e-4",
-              ("warm", "lr=3e-3"): "warm, lr 3e-3"}
+def gate_figure(pyplot) -> None:
+    """data/figures/gate.png: a mark for each run, and what step 0 predicts."""
+    start, cells = json.loads((RESULTS / "gate-line.json").read_text()), gate_cells()
+    pairs = list(dict.fromkeys(key[:2] for key in cells))
+    size = (3.3 * len(pairs), 3.8)
+    figure, axes = pyplot.subplots(1, len(pairs), figsize=size, layout="constrained", sharey=True)
+    for axis, (method, optimizer) in zip(axes, pairs):
+        for (*pair, form, q), steps in cells.items():
+            for i, step in enumerate(steps if tuple(pair) == (method, optimizer) else ()):  # a mark a seed
+                look = dict(c=[step], cmap="viridis", vmin=5, vmax=40) if step else dict(marker="x", c="black")
+                shown = axis.scatter(q + 0.03 * (i - 1), -start[form]["log_P0"], s=24, **look)
+                drawn = shown if step is not None else drawn
+        qs, typical = [i / 100 for i in range(101)], start["bracket"]
+        stays = lambda q, y: predicted(optimizer, typical | {"log_P0": -y}, q, steps=40) is None
+        edge = [next((y for y in range(1, 100) if stays(q, y)), 100) for q in qs]
+        axis.plot(qs, edge, c="crimson", label="40 steps, predicted")
+        if optimizer != "sgd":
+            line = [min(999, math.log(16) + room(optimizer, typical) / max(1e-9, 1 - q)) for q in qs]
+            axis.plot(qs, line, "--", c="crimson", label="(1 - q)(|log P| - log M) = log(g1 / eps)")
+        axis.set(xlabel="q", title=f"{method}, {optimizer}", ylim=(0, 95))
+    axes[0].set(ylabel="|log P| at the start (nats)")
+    axes[0].legend(loc="upper left", fontsize=7)
+    figure.colorbar(drawn, ax=axes, label="step of escape (x: none in 40)")
+    figure.savefig(FIGURES / "gate.png", dpi=130)
+
+
+def learning_figure(pyplot) -> None:
+    """data/figures/learning.png: validation over the steps of the cold and the warm table."""
+    panels = {("cold", "adamw"): "cold start, AdamW", ("cold", "sgd"): "cold start, SGD",
+              ("warm", "lr=3e-4"): "warm start, lr 3e-4", ("warm", "lr=3e-3"): "warm start, lr 3e-3"}
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
     for axis, ((table, variant), title) in zip(axes.flat, panels.items()):
         groups = defaultdict(list)
@@ -323,8 +346,21 @@ def figures() -> None:
         axis.set(title=title, xlabel="step", ylabel="validation maj@16 (%), mean and range of seeds", ylim=(-3, 103))
         axis.legend(fontsize=8)
     figure.savefig(FIGURES / "learning.png", dpi=110)
-    for table in ("cold", "warm", "noise", "schedule"):
-        if read(table):
+
+
+def figures() -> None:
+    """The figures of what was run, and the tables to the terminal."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    FIGURES.mkdir(exist_ok=True)
+    if read("gate"):
+        print_gate()
+        gate_figure(pyplot)
+    if read("cold") and read("warm"):
+        learning_figure(pyplot)
+    for table in (*tables(), "real"):
+        if table != "gate" and read(table):
             print(f"\n{table}\n")
             print_learning(table)
 
@@ -335,15 +371,23 @@ def figures() -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("tables", nargs="*", choices=[*tables(), "predict"], metavar="TABLE", help="tables to run")
+    known = [*tables(), "predict", "real"]
+    parser.add_argument("tables", nargs="*", choices=known, metavar="TABLE", help=f"what to run: {', '.join(known)}")
+    parser.add_argument("--only", default="", help="of their runs those with these words in the name")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
+    parser.add_argument("--model", help="for real: the folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--official", type=Path, help="for real: a folder with finqa/, hotpotqa/, musique/")
     parser.add_argument("--figures", action="store_true", help="draw the figures and print the tables")
     given = parser.parse_args()
     os.chdir(ROOT)
+    make_data()
     if "predict" in given.tables:
         predict()
-    if names := [name for name in given.tables if name != "predict"]:
-        run_tables(names, given.jobs)
+    if "real" in given.tables:
+        shorten(given.official)
+    runs = {**tables(), "real": real(given.model), "predict": []}
+    todo = [(table, *run) for table in given.tables for run in runs[table]]
+    run_tables([job for job in todo if all(word in job[1].split() for word in given.only.split())], given.jobs)
     if given.figures:
         figures()
 

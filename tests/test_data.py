@@ -390,3 +390,18 @@ def test_a_row_of_any_shape_is_an_error_in_one_line_or_a_good_record(name, row, 
         except UserError as error:
             assert "\n" not in str(error) and str(path) in str(error)
     assert good > 10, "fields that no prompt needs"
+
+
+def test_ledger_in_another_form_is_ledger_with_each_answer_in_that_text(tmp_path, monkeypatch, capsys):
+    from data import make_ledger
+    for arguments in (["--form", "[N"], ["--form", "none", "--out", str(tmp_path)]):  # over the shipped one; without an N
+        monkeypatch.setattr("sys.argv", ["make_ledger.py", *arguments])
+        with pytest.raises(SystemExit):
+            make_ledger.main()
+    monkeypatch.setattr("sys.argv", ["make_ledger.py", "--form", "[N", "--out", str(tmp_path)])
+    make_ledger.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test.jsonl", "train.jsonl", "validation.jsonl"]
+    for split in ("train", "validation", "test"):
+        ours, shipped = (load(name, split) for name in (str(tmp_path), "ledger"))
+        assert [r.answer for r in ours] == ["[" + r.answer for r in shipped]
+        assert [(r.id, r.cold_prompt, r.warm_prompt) for r in ours] == [(r.id, r.cold_prompt, r.warm_prompt) for r in shipped]

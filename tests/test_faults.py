@@ -292,7 +292,7 @@ def test_a_run_that_died_before_its_first_checkpoint_may_be_started_over(moment,
     if run.exists():
         refused(capsys, ["--resume", str(run)], "no run with a checkpoint")
     assert main(arguments) == 0
-    assert [row["step"] for row in rows(run)] == [0, 1] and len(rows(run, "samples.jsonl")) == 2
+    assert [row["step"] for row in rows(run)] == [0, 1] and len(rows(run, "samples.jsonl")) == 4
 
 
 def test_ctrl_c_while_loading_leaves_nothing(small, tmp_path, monkeypatch, capsys):
@@ -356,7 +356,9 @@ OPTIONS = [(f"--{name} {value}", words) for name, values, words in (
     ("K", ("0", "-1", "10000000"), "--K must be at least 1"), ("method", ("ppo", "GARL", ""), "--method: invalid choice"),
     ("start", ("hot",), "--start: invalid choice"), ("rollout", ("sglang",), "--rollout: invalid choice"),
     ("optimizer", ("muon",), "--optimizer: invalid choice"), ("dtype", ("float16", "int8"), "--dtype: invalid choice"),
-    ("steps", ("0", "-5", "99999999999999999999"), "--steps must be at least 1"), ("steps", ("ten",), "--steps: invalid int"),
+    ("steps", ("-5", "99999999999999999999"), "--steps must be at least 0"), ("eps", ("0", "-1", "nan", "inf"), "--eps must be positive"),
+    ("q-end", ("1.5", "-0.1", "nan"), "--q-end must"), ("q-end", ("half",), "--q-end: invalid float"), ("q-steps", ("0", "-1"), "--q-steps must be at least 1"),
+    ("steps", ("ten",), "--steps: invalid int"),
     ("batch-size", ("0", "-1", "2000000"), "--batch-size must be"), ("lr", ("0", "-1", "nan", "inf"), "--lr must be positive"),
     ("clip", ("0", "-1", "nan"), "--clip must be"), ("warmup", ("-1",), "--warmup must be at least 0"),
     ("think-budget", ("0", "-1"), "--think-budget must be at least 1"), ("think-budget", ("100000",), "every prompt is longer"),

@@ -51,10 +51,10 @@ optimizer.step()
 run = t.train_step
 
 
-def signalled(*arguments):
-    if t.rank() == 1:  # the one that does not write
+def signalled(state, step):
+    if t.rank() == 1 and step:  # the one that does not write
         signal.raise_signal(signal.SIGTERM)
-    return run(*arguments)
+    return run(state, step)
 
 
 t.train_step = signalled
@@ -63,10 +63,10 @@ held = t.gather([sum(s["exp_avg"].numel() for s in optimizer.optim.state.values(
 t.say(json.dumps([held, sum(p.numel() for p in model.parameters())]))
 
 
-def killed(*arguments):
-    if t.rank() == 1:
+def killed(state, step):
+    if t.rank() == 1 and step:
         os.kill(os.getpid(), signal.SIGKILL)
-    return run(*arguments)
+    return run(state, step)
 
 
 t.train_step = killed

@@ -85,7 +85,7 @@ def test_a_line_of_the_console_fits_160_columns(tmp_path, capsys):
     for method in ("garl", "grpo"):
         assert main([*small[:-1], str(tmp_path / method), "--steps", "1", "--method", method]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert len(lines) == 6 and max(map(len, lines)) <= 160
+    assert len(lines) == 8 and max(map(len, lines)) <= 160
 
 
 def test_functions_are_short_lines_fit_and_what_is_public_has_a_docstring():

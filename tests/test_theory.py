@@ -2,8 +2,8 @@
 
 The model can be enumerated: a softmax over Z rationales, for each a softmax over Y answers, in float64; the gold answer
 is number 0. An expectation is a sum over all pools of M rollouts and all resamples of K, through the project's own
-functions, never an average of samples: unless a test says otherwise its tolerance is round-off. Times of a gradient flow
-are integrals by Gauss' rule, exact to round-off too; a limit is tested by the rate at which it is approached.
+functions, never an average of samples; the time of a gradient flow is an integral by Gauss' rule. A tolerance is for
+round-off unless a comment says otherwise, and a limit is tested by the rate at which it is approached.
 """
 import itertools
 import math
@@ -19,16 +19,16 @@ from tsallis_rl import (garl_coefficients, grpo_coefficients, log_q, make_optimi
                         surrogate_loss, tsallis_loss)
 
 QS = (0.0, 0.25, 0.5, 0.75, 1.0)
-TOL = 1e-10  # float64 sums over at most a few thousand pools
-every_q, q_above_0, q_below_1 = (pytest.mark.parametrize("q", qs) for qs in (QS, QS[1:], QS[:-1]))
+every_q, q_above_0 = (pytest.mark.parametrize("q", qs) for qs in (QS, QS[1:]))
 
 
 def vector(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def equal(actual, expected, tolerance=TOL):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+def equal(actual, expected, tolerance=1e-12):
+    """All entries, to `tolerance` of the largest."""
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def slope(x, y):
@@ -61,7 +61,7 @@ class Model:
     """p(z) = softmax(theta), p(y | z) = softmax(phi[z]); all parameters in one leaf vector."""
 
     def __init__(self, parameters, Z=3):
-        self.parameters = parameters.detach().double().requires_grad_()
+        self.parameters = parameters.detach().requires_grad_()
         self.log_pz = self.parameters[:Z].log_softmax(-1)  # (Z,)
         self.log_pyz = self.parameters[Z:].view(Z, -1).log_softmax(-1)  # (Z, Y): log p(y | z)
         self.log_py = self.log_pyz[:, 0]  # (Z,): log w of a rationale, log p(y* | z)
@@ -71,7 +71,7 @@ class Model:
         return torch.autograd.grad(loss, self.parameters, retain_graph=True)[0]
 
     def estimate(self, z, a, b):
-        """The gradient of the surrogate loss summed over rows of pools z, for the gold answer: (N, M) -> (parameters,)."""
+        """The gradient of the surrogate loss for the gold answer, summed over pools z: (N, M) -> (parameters,)."""
         return self.grad(surrogate_loss(self.log_pz[z], self.log_py[z], a, b))
 
     def pools(self, M):
@@ -99,7 +99,7 @@ def model_of(pz, w):
 
 
 def every_resample(log_w, K):
-    """`resample`'s counts at all M^K outcomes of its draw, with their probabilities: (N, M) -> (N, M^K, M), (N, M^K, 1)."""
+    """`resample`'s counts at all outcomes of its draw, and their probabilities: (N, M) -> (N, M^K, M), (N, M^K, 1)."""
     M = log_w.shape[-1]
     outcomes = torch.cartesian_prod(*[torch.arange(M)] * K).view(-1, K).repeat(len(log_w), 1)  # (N M^K, K)
 
@@ -127,8 +127,8 @@ def test_prop_a1_at_q_0_the_loss_is_1_minus_the_expected_exact_match_reward():
     reward = torch.eye(3, dtype=torch.float64)[0]  # r(y) = [y = y*]
     expected = torch.stack([((m.log_pz.unsqueeze(-1) + m.log_pyz).exp() * reward).sum() for m in models]).mean()
     log_P = torch.stack([m.log_P for m in models])
-    equal(expected, log_P.exp().mean(), 1e-14)
-    equal(tsallis_loss(log_P, 0.0).mean(), 1 - expected, 1e-14)
+    equal(expected, log_P.exp().mean())
+    equal(tsallis_loss(log_P, 0.0).mean(), 1 - expected)
 
 
 @every_q
@@ -145,6 +145,11 @@ def test_b1_dispersion_is_penalised_and_the_second_order_is_half_q_variance(q):
     assert slope((0.004, 0.002, 0.001), errors) == pytest.approx(1, abs=0.01)  # the third order is left, as O(t)
 
 
+def simplex(n, parts):
+    """Every distribution over n outcomes whose probabilities are multiples of 1 / parts."""
+    return vector(*(t for t in itertools.product(range(parts + 1), repeat=n) if sum(t) == parts)) / parts
+
+
 def expected_loss(theta, alpha, q):
     return (alpha * tsallis_loss(theta.log(), q)).sum(-1)
 
@@ -156,7 +161,8 @@ def escort(alpha, q):
 def minimiser(alpha, q):
     """argmin of the expected loss over a softmax, by L-BFGS from the uniform distribution."""
     logits = torch.zeros_like(alpha, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits], max_iter=1000, tolerance_grad=1e-15, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([logits], max_iter=1000, tolerance_grad=1e-15, tolerance_change=0,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -181,12 +187,12 @@ def test_thm_3_1_the_minimiser_found_by_optimisation_is_the_escort_distribution(
 
 
 def test_thm_3_1_at_q_0_the_minimum_is_at_any_mode():
-    simplex = vector(*(t for t in itertools.product(range(21), repeat=3) if sum(t) == 20)) / 20
-    for alpha, modes in ((vector(0.6, 0.3, 0.1), 1), (vector(0.4, 0.4, 0.2), 2)):
-        loss = expected_loss(simplex, alpha, 0.0)
-        equal(loss.min(), 1 - alpha.max(), 1e-15)
-        best = simplex[loss < loss.min() + 1e-12]
-        assert len(best) == (1 if modes == 1 else 21) and not best[:, modes:].any()  # the mode, or any mixture of two
+    thetas = simplex(3, 20)
+    for alpha, modes, minima in ((vector(0.6, 0.3, 0.1), 1, 1), (vector(0.4, 0.4, 0.2), 2, 21)):
+        loss = expected_loss(thetas, alpha, 0.0)
+        equal(loss.min(), 1 - alpha.max())
+        best = thetas[loss < loss.min() + 1e-12]
+        assert len(best) == minima and not best[:, modes:].any()  # the mode; of two modes any mixture
 
 
 def test_b2_the_minimiser_is_alpha_at_q_1_and_sharpens_to_the_mode_as_q_falls():
@@ -195,7 +201,7 @@ def test_b2_the_minimiser_is_alpha_at_q_1_and_sharpens_to_the_mode_as_q_falls():
         equal(found[0], alpha, 1e-7)
         ratios = torch.stack([theta[:-1] / theta[1:] for theta in found])
         assert (ratios[1:] > ratios[:-1]).all()
-        for q in (0.04, 0.02, 0.01):  # beyond what an optimiser can tell from the mode: a stationary point, and its limit
+        for q in (0.04, 0.02, 0.01):  # where an optimiser cannot tell it from the mode
             gradient = derivative(lambda x: expected_loss(x.softmax(-1), alpha, q), alpha.log() / q)
             assert gradient.abs().max() < 1e-15
             assert 1 - escort(alpha, q)[0] < len(alpha) * (alpha[1] / alpha[0]) ** (1 / q)
@@ -203,8 +209,8 @@ def test_b2_the_minimiser_is_alpha_at_q_1_and_sharpens_to_the_mode_as_q_falls():
 
 def test_b3_the_loss_is_strictly_proper_at_q_1_alone():
     for alpha in FREQUENCIES:
-        others = torch.stack([beta / beta.sum() for seed in range(200) for beta in [torch.rand(
-            len(alpha), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1e-3]])
+        others = simplex(len(alpha), 12)
+        others = others[(others > 0).all(-1)]  # none of them is alpha
         regret = expected_loss(others, alpha, 1.0) - expected_loss(alpha, alpha, 1.0)
         equal(regret, (alpha * (alpha / others).log()).sum(-1), 1e-14)  # the Kullback-Leibler divergence
         assert (regret > 0).all()
@@ -220,8 +226,8 @@ def test_prop_4_1_the_gradient_is_the_rl_gradient_amplified_and_the_fine_tuning_
     for shift in (0.0, 3.0, 12.0):
         model = random_model(shift=shift)
         P, exact = model.log_P.exp(), model.grad(tsallis_loss(model.log_P, q))
-        torch.testing.assert_close(exact, P**-q * model.grad(1 - P), rtol=1e-12, atol=0)
-        torch.testing.assert_close(exact, P ** (1 - q) * model.grad(-model.log_P), rtol=1e-12, atol=0)
+        equal(exact, P**-q * model.grad(1 - P), 1e-10)  # autograd's derivative of expm1 is off by 1e-16 / P^(1-q)
+        equal(exact, P ** (1 - q) * model.grad(-model.log_P), 1e-10)
 
 
 # --- Section 5, C: the speed of commitment ---------------------------------------------------------------------------
@@ -231,7 +237,7 @@ def test_eq_6_under_gradient_flow_p_moves_at_p_to_the_2_minus_q_times_the_square
         model = random_model(shift=shift)
         P, score = model.log_P.exp(), model.grad(model.log_P)
         speed = model.grad(P) @ -model.grad(tsallis_loss(model.log_P, q))
-        torch.testing.assert_close(speed, P ** (2 - q) * score @ score, rtol=1e-12, atol=0)
+        equal(speed, P ** (2 - q) * score @ score)
 
 
 def logit(p):
@@ -240,8 +246,11 @@ def logit(p):
 
 def escape_time(q, p0, delta):
     """(15), the integral of du / (u^(2-q) (1-u)^2) from p0 to delta, over theta with u = sigmoid(theta)."""
-    u = lambda theta: theta.sigmoid()
-    return integral(lambda theta: 1 / (u(theta) ** (2 - q) * u(-theta) ** 2) * u(theta) * u(-theta), logit(p0), logit(delta))
+    def integrand(theta):
+        u, fails = theta.sigmoid(), (-theta).sigmoid()
+        return 1 / (u ** (2 - q) * fails**2) * u * fails  # du = u (1-u) d theta
+
+    return integral(integrand, logit(p0), logit(delta))
 
 
 def sigmoid_velocity(theta, q):
@@ -259,41 +268,33 @@ def test_eq_15_is_the_time_of_the_integrated_flow(q):
     equal(reached, theta[1:])
 
 
-def test_eq_15_has_the_closed_forms_and_the_leading_terms_of_c1():
-    for p0 in (1e-12, 1e-4, 0.1):
-        odds, tail = math.log(0.5 / (1 - 0.5)) - math.log(p0 / (1 - p0)), 1 / 0.5 - 1 / (1 - p0)
-        assert escape_time(1, p0, 0.5) == pytest.approx(odds + tail, rel=1e-12)
-        assert escape_time(0, p0, 0.5) == pytest.approx(2 * odds - 1 / 0.5 + 1 / p0 + tail, rel=1e-12)
-    for q in QS[:-1]:
-        assert escape_time(q, 1e-80, 0.5) == pytest.approx(1e-80 ** (q - 1) / (1 - q), rel=1e-12)
-    for p0 in (1e-40, 1e-80):  # log 1/p0, and a constant
-        assert escape_time(1, p0, 0.5) == pytest.approx(math.log(1 / p0) + 1, rel=1e-12)
-
-
-def test_thm_5_1_and_5_2_the_escape_time_s_exponent_is_1_minus_q_and_at_q_1_it_is_a_logarithm():
+def test_thm_5_1_and_5_2_the_escape_time_grows_as_p0_to_the_q_minus_1_and_at_q_1_as_a_logarithm():
     p0 = [10.0**-k for k in range(60, 81, 5)]
     times = {q: [escape_time(q, p, 0.5) for p in p0] for q in QS}
-    for q in QS[:-1]:  # what (15) adds to the leading term is below 1e-14 here
-        assert slope([1 / p for p in p0], times[q]) == pytest.approx(1 - q, abs=1e-12)
-    assert slope([math.log(1 / p) for p in p0], times[1]) == pytest.approx(1, abs=0.01)  # 1 / log(1/p0) off, for the constant
+    for q in QS[:-1]:  # what (15) adds to the leading terms of C.1 is a share of 1e-15 here and less
+        assert times[q] == pytest.approx([p ** (q - 1) / (1 - q) for p in p0], rel=1e-12)
+        assert slope(p0, times[q]) == pytest.approx(-(1 - q), abs=1e-12)
+    assert times[1] == pytest.approx([math.log(1 / p) + 1 for p in p0], rel=1e-12)  # delta = 1/2
+    assert slope(p0, times[1]) == pytest.approx(-statistics.fmean(1 / t for t in times[1]), rel=0.01)  # 0, in the limit
     for q, faster in itertools.combinations(QS[:-1], 2):
         ratio = [slow / fast for slow, fast in zip(times[q], times[faster])]
-        assert slope([1 / p for p in p0], ratio) == pytest.approx(faster - q, abs=1e-12)
+        assert slope(p0, ratio) == pytest.approx(-(faster - q), abs=1e-12)
 
 
 @every_q
 def test_thm_5_1_and_5_2_bound_the_escape_of_a_model_by_its_largest_and_smallest_score(q):
-    # T lies between C^-2 and c^-2 times the integral of du / u^(2-q), which grows as p0^-(1-q) or log 1/p0; one c and one
-    # C, over the paths from all p0
+    # T is C^-2 to c^-2 times the integral of du / u^(2-q), which grows as p0^-(1-q) or log 1/p0; no p0 moves c and C
+    def velocity(parameters):
+        model = Model(parameters)
+        return -model.grad(tsallis_loss(model.log_P, q))
+
     times, squares = [], []
     for shift in (5.0, 10.0, 15.0):
         model, T = random_model(shift=shift), 0.0
         p0 = model.log_P.exp().item()
         while model.log_P < math.log(0.5):
-            score = model.grad(model.log_P)
-            squares.append((score @ score).item())
+            squares.append(model.grad(model.log_P).square().sum().item())
             dt = 0.2 * math.exp((q - 1) * model.log_P.item())  # log P moves by 0.2 |s|^2 a step
-            velocity = lambda x: (lambda m: -m.grad(tsallis_loss(m.log_P, q)))(Model(x))
             model, T = Model(runge_kutta(velocity, model.parameters.detach(), dt)), T + dt
         P = model.log_P.exp().item()
         times.append((T, math.log(P / p0) if q == 1 else (p0 ** (q - 1) - P ** (q - 1)) / (1 - q)))
@@ -330,9 +331,9 @@ def test_eq_17_under_label_noise_the_equilibrium_is_the_escort_distribution(q, e
     assert abs(noisy_velocity(at, q, eps)) < 1e-12 * eps * at**-q  # of either of the two terms that cancel
     u = (torch.arange(1000).double() + 0.5) / 1000
     loss = lambda x: (1 - eps) * tsallis_loss(torch.log1p(-x), q) + eps * tsallis_loss(x.log(), q)
-    equal(-derivative(loss, u), noisy_velocity(u, q, eps), 1e-12)
+    equal(-derivative(loss, u), noisy_velocity(u, q, eps))
     assert ((noisy_velocity(u, q, eps) > 0) == (u < at)).all()  # the only one, approached from both sides
-    found = minimiser(vector(1 - eps, eps), q)
+    found = minimiser(vector(1 - eps, eps), q)  # to the root of round-off
     assert (found[1] / found[0]).item() == pytest.approx(odds, rel=1e-6)
 
 
@@ -341,12 +342,25 @@ def test_eq_18_the_time_to_contamination_grows_as_eta_to_the_q_plus_1_over_eps(q
     leading = lambda eta, eps: eta ** (q + 1) / ((q + 1) * eps)
     time = lambda eta, eps: contamination_time(q, eps, eta * 1e-20, eta)  # what comes before is 1e-20 of it and less
     etas = [10.0**-k for k in range(40, 61, 5)]
-    assert slope(etas, [time(eta, 0.1) for eta in etas]) == pytest.approx(q + 1, abs=1e-8)
+    assert slope(etas, [time(eta, 0.1) for eta in etas]) == pytest.approx(q + 1, abs=1e-8)  # eta^q / eps is left
     for eps in (0.05, 0.2):
         assert time(1e-60, eps) == pytest.approx(leading(1e-60, eps), rel=1e-12)
         odds = (eps / (1 - eps)) ** (1 / q)
         eta = odds / 2 / (1 + odds / 2)  # halfway to equilibrium it is still Theta, with these constants:
         assert leading(eta, eps) < time(eta, eps) < leading(eta, eps) / (1 - 0.5**q)
+
+
+@q_above_0
+def test_eq_18_is_for_the_probability_as_the_parameter_a_softmax_takes_the_escape_time_over_eps(q):
+    # d ptilde / d logit = ptilde (1 - ptilde) enters twice; from ptilde = 0 itself such a model never starts
+    def integrand(x):
+        u = x.exp()
+        return u / (noisy_velocity(u, q, eps) * (u * (1 - u)) ** 2)
+
+    p0, eta, eps = 1e-100, 1e-30, 0.1
+    time = integral(integrand, math.log(p0), math.log(eta))
+    leading = math.log(eta / p0) if q == 1 else p0 ** (q - 1) / (1 - q)
+    assert time == pytest.approx(leading / eps, rel=1e-12)
 
 
 def test_c5_high_q_commits_fast_to_clean_and_to_wrong_supervision_alike_and_q_0_to_no_wrong_one():
@@ -355,26 +369,29 @@ def test_c5_high_q_commits_fast_to_clean_and_to_wrong_supervision_alike_and_q_0_
     for times in (clean, wrong):
         assert all(faster < slower for slower, faster in zip(times, times[1:]))
     for eps in (0.01, 0.2, 0.49):  # at q = 0 ptilde falls everywhere, also at 0
-        equal(noisy_velocity(vector(0.0, 1e-9, 0.5, 0.99), 0.0, eps), vector(*[2 * eps - 1] * 4), 1e-14)
+        equal(noisy_velocity(vector(0, 1e-9, 0.5, 0.99), 0.0, eps), vector(*[2 * eps - 1] * 4))
 
 
 # --- Section 6, D: the estimators ------------------------------------------------------------------------------------
 @every_q
 @pytest.mark.parametrize("shift", (0.0, 8.0))
-def test_prop_6_2_and_d3_garl_its_plug_in_and_paft_have_one_expected_gradient(q, shift):
-    model, M = random_model(shift=shift), 3
-    plug_in = model.expected(lambda log_w: garl_coefficients(log_w, q, baseline=False), M)
-    assert plug_in.abs().max() > 0
-    equal(model.expected(lambda log_w: garl_coefficients(log_w, q), M), plug_in)
-    for K in (1, 2, M):
-        equal(model.expected(lambda log_w: paft(log_w, q, K), M), plug_in)
+def test_prop_6_2_the_leave_one_out_baseline_changes_no_expectation(q, shift):
+    model = random_model(shift=shift)
+    for M in (2, 3, 4):
+        plug_in = model.expected(lambda log_w: garl_coefficients(log_w, q, baseline=False), M)
+        equal(model.expected(lambda log_w: garl_coefficients(log_w, q), M), plug_in)
 
 
 @every_q
-def test_d3_the_conditional_mean_of_paft_given_the_pool_is_garl_s_plug_in(q):
-    _, log_w, _ = random_model(seed=2, shift=1.0).pools(3)
-    for mean, plug_in in zip(paft(log_w, q, 3), garl_coefficients(log_w, q, baseline=False)):
-        equal(mean, plug_in, 1e-14)
+@pytest.mark.parametrize("shift", (0.0, 8.0))
+def test_d3_the_mean_of_paft_given_the_pool_is_garl_s_plug_in_so_their_expectations_agree(q, shift):
+    model = random_model(shift=shift)
+    for M, K in ((2, 3), (3, 1), (3, 2), (3, 3)):
+        _, log_w, _ = model.pools(M)
+        plug_in = garl_coefficients(log_w, q, baseline=False)
+        for x, y in zip(paft(log_w, q, K), plug_in):
+            equal(x, y)
+        equal(model.expected(lambda log_w: paft(log_w, q, K), M), model.expected(lambda log_w: plug_in, M))
 
 
 @every_q
@@ -390,7 +407,7 @@ def test_d4_resampling_adds_exactly_the_variance_of_the_draws(q):
     within = (p_pool.unsqueeze(-1) * p_draw * (estimate - plug_in.unsqueeze(1)).square()).sum((0, 1))
     variance = (p_pool.unsqueeze(-1) * p_draw * (estimate - mean).square()).sum((0, 1))
     assert torch.equal(a, b) and (within > 0).all()
-    torch.testing.assert_close(variance, (p_pool * (plug_in - mean).square()).sum(0) + within, rtol=1e-12, atol=0)
+    equal(variance, (p_pool * (plug_in - mean).square()).sum(0) + within)
 
 
 @pytest.mark.parametrize("M", (2, 4))
@@ -418,8 +435,8 @@ def biases(model, M, q):
         probability = math.exp(log_orders + k * log_p1 + (M - k) * log_p0)
         per_rationale += probability * M**q * torch.stack([(M - k) * a[0], k * a[-1]])
         factor += probability * M**q * M * b[-1].item() / log_w[-1].exp().item()
-    exact = model.grad(tsallis_loss(model.log_P, q))
-    return model.estimate(torch.arange(2), per_rationale, per_rationale) - exact, factor - model.log_P.exp().item() ** -q
+    gradient = model.estimate(torch.arange(2), per_rationale, per_rationale)
+    return gradient - model.grad(tsallis_loss(model.log_P, q)), factor - model.log_P.exp().item() ** -q
 
 
 def bracket(model):
@@ -450,8 +467,8 @@ def small_everywhere(P):
 
 
 def rare(P):
-    """A good rationale, w = 1/4, is rare, of probability 2P; that makes half of P. Elsewhere w is about P/2."""
-    return model_of(vector(1 - 2 * P, 2 * P), vector(P / 2 / (1 - 2 * P), 0.25))
+    """A good rationale, w = 1/2, is rare, of probability P; that makes half of P. After the other, w is about P/2."""
+    return model_of(vector(1 - P, P), vector(P / 2 / (1 - P), 0.5))
 
 
 @q_above_0
@@ -465,8 +482,8 @@ def test_thm_6_1_with_the_shape_of_w_fixed_the_bias_is_p_to_the_1_minus_q_a_cons
 
 @q_above_0
 def test_thm_6_1_where_success_is_rare_the_bias_has_v2_s_order_and_its_factor_wbar_to_the_minus_q_v1_s(q):
-    # Var(w) and Cov(g, w) fall as P. The expansion holds where M P is large; M P = 4 is, to a few per cent
-    Ps, enumerated, leading, factors, leading_factors = [10.0**-k for k in range(1, 6)], [], [], [], []
+    # Var(w) and Cov(g, w) fall as P. The expansion is for large M P, to which 4 comes within 6 per cent
+    Ps, enumerated, leading, factors, leading_factors = [10**-(k + 1.5) for k in range(5)], [], [], [], []
     for model, P in ((rare(P), P) for P in Ps):
         M = round(4 / P)
         gradient, factor = biases(model, M, q)
@@ -474,7 +491,17 @@ def test_thm_6_1_where_success_is_rare_the_bias_has_v2_s_order_and_its_factor_wb
         leading.append(leading_term(model, q).norm().item())
         factors.append(M * factor)
         leading_factors.append(q * (q + 1) / 2 * P ** (-q - 2) * bracket(model)[0].item())
-    print(q, slope(Ps, enumerated), slope(Ps, leading), slope(Ps, factors), slope(Ps, leading_factors), [a/b for a,b in zip(enumerated,leading)], [a/b for a,b in zip(factors,leading_factors)], slope(Ps[1:], enumerated), slope(Ps[1:], factors))
+    assert enumerated == pytest.approx(leading, rel=0.06) and factors == pytest.approx(leading_factors, rel=0.06)
+    assert slope(Ps, enumerated) == pytest.approx(-q, abs=0.01)  # P = 0.03, the largest, is not yet small
+    assert slope(Ps, factors) == pytest.approx(-(q + 1), abs=0.01)
+
+
+@q_above_0
+def test_thm_6_1_does_not_apply_where_m_p_is_small_there_the_bias_takes_most_of_the_gradient(q):
+    M, model = 32, rare(1e-6)
+    gradient = model.grad(tsallis_loss(model.log_P, q)).norm()
+    share, leading_share = biases(model, M, q)[0].norm() / gradient, leading_term(model, q).norm() / M / gradient
+    assert share < 1 < 1000 < leading_share
 
 
 @q_above_0
@@ -492,14 +519,11 @@ def test_m_to_the_q_is_the_largest_effective_reward_and_is_reached_by_one_certai
     a, b = garl_coefficients(log_w, q)
     reward, centred = M * b, M * a  # (w_m / wbar^q) / M^q and c_m / M^q
     assert 0 <= reward.min() and reward.max() == pytest.approx(1, abs=1e-14) and centred.min() > -1 - 1e-14
-    top = reward.max(-1).values > 1 - 1e-12
-    at_least_one = (log_w == 0).any(-1) if 0 < q < 1 else torch.ones_like(top)
-    alone = (log_w > -1e4).sum(-1) == 1
-    expected = {0: (log_w == 0).any(-1), 1: alone}.get(q, alone & at_least_one)
-    assert torch.equal(top, expected)
+    certain, alone = (log_w == 0).any(-1), (log_w > -1e4).sum(-1) == 1
+    reached = {0.0: certain, 1.0: alone}.get(q, certain & alone)  # q = 0 has no wbar, q = 1 no scale
+    assert torch.equal(reward.max(-1).values > 1 - 1e-12, reached)
 
 
-# D.2: the known endpoints -------------------------------------------------------------------------------------------
 def test_d2_garl_at_q_0_is_rao_blackwellised_rloo():
     model, M = random_model(seed=4), 3
     y = torch.cartesian_prod(*[torch.arange(3)] * M)  # every answer to every rollout
@@ -509,28 +533,28 @@ def test_d2_garl_at_q_0_is_rao_blackwellised_rloo():
     for pool, a, b in zip(z, *garl_coefficients(log_w, 0.0)):
         probability = rloo * model.log_pyz[pool, y].sum(-1, keepdim=True).exp().detach()
         sampled = model.grad(surrogate_loss(model.log_pz[pool], model.log_pyz[pool, y], probability, probability))
-        equal(model.estimate(pool, a, b), sampled, 1e-14)  # the mean of REINFORCE over the answers, given the rationales
+        equal(model.estimate(pool, a, b), sampled)  # the mean over the answers, given the rationales
 
 
 def test_d2_garl_at_q_1_is_the_gradient_of_the_iwae_bound_and_its_centred_weights_sum_to_0():
     model, M = random_model(seed=5, shift=2.0), 3
     z, log_w, _ = model.pools(M)
     a, b = garl_coefficients(log_w, 1.0)
-    equal(a.sum(-1), torch.zeros(len(z)), 1e-15)
-    equal(M * M * a, log_w.exp() / log_w.exp().mean(-1, keepdim=True) - 1, 1e-13)  # c_m = w_m / wbar - 1
+    assert a.sum(-1).abs().max() < 1e-15
+    equal(M * M * a, log_w.exp() / log_w.exp().mean(-1, keepdim=True) - 1)  # c_m = w_m / wbar - 1
     for pool, b_pool in zip(z, garl_coefficients(log_w, 1.0, baseline=False)[0]):
         ratio = model.log_pz[pool] + model.log_py[pool] - model.log_pz[pool].detach()  # p(z, y*) / proposal, the prior
         bound = ratio.logsumexp(-1) - math.log(M)
-        equal(M * model.estimate(pool, b_pool, b_pool), model.grad(-bound), 1e-14)
+        equal(M * model.estimate(pool, b_pool, b_pool), model.grad(-bound))
 
 
 def test_d2_paft_at_q_1_is_the_e_step_of_em():
     model, M = random_model(seed=6, shift=2.0), 3
     z, log_w, _ = model.pools(M)
     for pool, a, b, responsibility in zip(z, *paft(log_w, 1.0, M), log_w.softmax(-1)):
-        equal(M * model.estimate(pool, a, b), model.estimate(pool, responsibility, responsibility), 1e-14)
+        equal(M * model.estimate(pool, a, b), model.estimate(pool, responsibility, responsibility))
     posterior = (model.log_pz + model.log_py - model.log_P).exp().detach()  # over all rationales: Fisher's identity
-    equal(model.estimate(torch.arange(3), posterior, posterior), model.grad(tsallis_loss(model.log_P, 1.0)), 1e-14)
+    equal(model.estimate(torch.arange(3), posterior, posterior), model.grad(tsallis_loss(model.log_P, 1.0)))
 
 
 def test_d2_paft_at_q_0_is_posterior_sft_scaled_by_p():
@@ -538,22 +562,22 @@ def test_d2_paft_at_q_0_is_posterior_sft_scaled_by_p():
     for K in (2, 3):
         n, _ = every_resample(log_w, K)
         for x in paft_coefficients(log_w.unsqueeze(-2).expand_as(n), 0.0, n):
-            equal(x, log_w.exp().mean(-1).view(-1, 1, 1) * n / K, 1e-15)  # wbar times SFT's mean over the K drawn
+            equal(x, log_w.exp().mean(-1).view(-1, 1, 1) * n / K)  # wbar times SFT's mean over the K drawn
 
 
 @every_q
 def test_eq_12_where_no_rollout_is_better_than_another_only_the_pathwise_term_is_left(q):
     for w in (1e-8, 0.1, 1.0):
         a, b = garl_coefficients(vector(w, w, w, w).log(), q)
-        equal(a / b, torch.zeros(4), 1e-14)
-        torch.testing.assert_close(4 * 4**q * b, vector(*[w ** (1 - q)] * 4), rtol=1e-13, atol=0)
+        assert (a / b).abs().max() < 1e-14
+        equal(4 * 4**q * b, vector(*[w ** (1 - q)] * 4))
 
 
 def test_garl_at_q_1_with_0_1_weights_is_maxrl_s_coefficient():
     M = 5
     r = torch.cartesian_prod(*[vector(0, 1)] * M)[1:]  # but for no success at all
     a, _ = garl_coefficients(r.log().clamp(min=-1e4), 1.0)
-    equal(M * M * a, (r - r.mean(-1, keepdim=True)) / r.mean(-1, keepdim=True), 1e-14)
+    equal(M * M * a, (r - r.mean(-1, keepdim=True)) / r.mean(-1, keepdim=True))
 
 
 # --- Section 7: the baseline, and the optimiser ----------------------------------------------------------------------
@@ -562,12 +586,13 @@ def test_grpo_s_expected_gradient_is_the_rl_gradient_times_the_expected_spread_o
     model, M = random_model(shift=1.0), 3
     pairs = torch.cartesian_prod(*[torch.arange(9)] * M)
     z, y = pairs // 3, pairs % 3
-    reward, probability = (y == 0).double(), (model.log_pz[z] + model.log_pyz[z, y]).sum(-1, keepdim=True).exp().detach()
+    reward = (y == 0).double()
+    probability = (model.log_pz[z] + model.log_pyz[z, y]).sum(-1, keepdim=True).exp().detach()
     a, b = grpo_coefficients(reward)
     expected = model.grad(surrogate_loss(model.log_pz[z], model.log_pyz[z, y], probability * a, probability * b))
     spread = sum(p * statistics.stdev(r) for (p,), r in zip(probability.tolist(), reward.tolist()))
     P = model.log_P.exp()
-    equal(expected, (M - 1) / M * spread / (P * (1 - P)) * model.grad(1 - P), 1e-14)
+    equal(expected, (M - 1) / M * spread / (P * (1 - P)) * model.grad(1 - P))
 
 
 def grpo_factor(P, M):
@@ -581,29 +606,30 @@ def grpo_factor(P, M):
 
 def test_grpo_amplifies_as_q_one_half_where_m_p_is_large_and_not_at_all_where_it_is_small():
     errors = [1 - grpo_factor(0.3, M) * math.sqrt(0.3 * 0.7) for M in (250, 500, 1000)]
-    assert slope((250, 500, 1000), errors) == pytest.approx(-1, abs=0.02) and 0 < errors[-1] < 1e-3  # (P (1-P))^-1/2
+    # towards (P (1-P))^-1/2, with an error that falls as 1/M and next as 1/M^2
+    assert slope((250, 500, 1000), errors) == pytest.approx(-1, abs=0.01) and 0 < errors[-1] < 2e-3
     for M in (2, 8, 32):
         assert grpo_factor(1e-12, M) == pytest.approx((M - 1) / math.sqrt(M), rel=1e-9)
 
 
 def first_step(config, gradient, **settings):
     """How far the first step moves a weight, in learning rates."""
-    weight = torch.nn.Linear(1, 1, bias=False).double()
-    torch.nn.init.zeros_(weight.weight)
-    optimizer = make_optimizer(weight, config(lr=1e-3, **settings))
-    weight.weight.grad = torch.full((1, 1), gradient, dtype=torch.float64)
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    torch.nn.init.zeros_(model.weight)
+    optimizer = make_optimizer(model, config(lr=1e-3, **settings))
+    model.weight.grad = torch.full((1, 1), gradient, dtype=torch.float64)
     optimizer.step()
-    return -weight.weight.item() / 1e-3
+    return -model.weight.item() / 1e-3
 
 
-def test_adam_divides_a_factor_of_the_gradient_out_while_it_is_above_epsilon_and_hardly_moves_below(config):
-    # both moments start at 0; on the first step their bias corrections leave s g and (s g)^2
-    eps, g = torch.optim.AdamW([torch.zeros(1)]).defaults["eps"], -0.7
+def test_adam_divides_a_factor_of_the_gradient_out_while_above_epsilon_and_hardly_moves_below_it(config):
+    # both moments start at 0: on the first step the bias corrections make them s g and (s g)^2
+    eps, g = 1e-8, -0.7
     for s in (10.0**-k for k in range(0, 31, 2)):
         step = first_step(config, s * g, optimizer="adamw")
-        assert step == pytest.approx(s * g / (s * abs(g) + eps), rel=1e-10)
-        assert abs(step) < 1e-3 if s < 1e-11 else True
-        assert first_step(config, s * g, optimizer="sgd") == pytest.approx(s * g, rel=1e-10)
-    # so at log P = -39, where the gradient of log P is attenuated by P^(1-q), only q = 0 and .25 stand still
-    moved = [-first_step(config, -math.exp((1 - q) * -39), optimizer="adamw") for q in QS]
-    assert moved[0] < 1e-8 and moved[1] < 1e-4 and 0.2 < moved[2] < 0.3 and min(moved[3:]) > 0.999
+        assert step == pytest.approx(s * g / (s * abs(g) + eps), rel=1e-12)
+        assert abs(abs(step) - 1) < 1e-3 if s > 1e-4 else s > 1e-12 or abs(step) < 1e-4
+        assert first_step(config, s * g, optimizer="sgd") == pytest.approx(s * g, rel=1e-12)
+    # s = P^(1-q) at log P = -39: q = 0 and 1/4 stand still, q = 1/2 takes a quarter of a step, larger q all of it
+    moved = [first_step(config, math.exp((1 - q) * -39), optimizer="adamw") for q in QS]
+    assert moved[0] < 1e-8 and moved[1] < 1e-4 and 0.2 < moved[2] < 0.3 and 0.999 < moved[3] < moved[4]

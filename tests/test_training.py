@@ -143,7 +143,7 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(tmp_path, monke
     assert "sampler and trainer disagree by 0.01 nats" in capsys.readouterr().err
     assert rows(run)[-1]["sampler_gap_mean"] == pytest.approx(0.01, rel=0.01)  # the evidence is logged
     monkeypatch.undo()
-    assert main(["--resume", run]) == 0  # from the checkpoint before it
+    assert main([*SMALL, "--steps", "3", "--out", run]) == 0  # there was no checkpoint yet, so it may start over
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
 
 
@@ -211,7 +211,7 @@ def test_every_random_number_of_a_run_has_a_seed_of_its_own(method, tmp_path, mo
     monkeypatch.setattr(Recorder, "seeds", [])
     assert main([*SMALL, "--limit", "3", "--method", method, "--steps", "3", "--eval-every", "4", "--out", str(tmp_path / "run")]) == 0
     step = 2 * 4 * (2 if method == "grpo" else 1) + 2 * (method == "paft")  # rationales, answers, resampling
-    assert len(Recorder.seeds) == 3 * 4 * 2 + 3 * step  # validation at the start: 3 prompts, 4 samples
+    assert len(Recorder.seeds) == 3 * 4 * 2 + 4 * step  # step 0 too; validation at the start: 3 prompts, 4 samples
     assert len(set(Recorder.seeds)) == len(Recorder.seeds)
 
 
@@ -323,18 +323,58 @@ def stepped(monkeypatch, config, gradients, **settings):
     history = []
     for step, gradient in enumerate(gradients, 1):
         before = p.detach().clone()
-        _, norm = update(run, [gradient], step)
-        history.append(((p.detach() - before), norm, run.optimizer.param_groups[0]["lr"]))
+        _, row = update(run, [gradient], step)
+        history.append(((p.detach() - before), row["grad_norm"], row["lr"], row["above_eps"]))
     return history
 
 
 def test_the_step_is_the_clipped_gradient_times_a_rate_that_warms_up_linearly(monkeypatch, config):
     history = stepped(monkeypatch, config, [[3.0, 4.0]] * 6 + [[0.03, 0.04]], optimizer="sgd", lr=0.1, warmup=4, clip=0.5)
-    assert [norm for _, norm, _ in history] == pytest.approx([5.0] * 6 + [0.05])
-    assert [lr for *_, lr in history] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1])
-    for change, norm, lr in history:  # the direction, and the length min(norm, clip)
+    assert [norm for _, norm, *_ in history] == pytest.approx([5.0] * 6 + [0.05])
+    assert [lr for *_, lr, _ in history] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1])
+    for change, norm, lr, _ in history:  # the direction, and the length min(norm, clip)
         assert change.tolist() == pytest.approx([-lr * min(norm, 0.5) * x for x in (0.6, 0.8)], rel=1e-4)
     assert stepped(monkeypatch, config, [[3.0, 4.0]], optimizer="sgd", lr=0.1, warmup=0)[0][2] == 0.1
+
+
+def test_eps_is_adamw_s_and_above_eps_counts_the_clipped_gradients_above_it(monkeypatch, config):
+    settings = dict(lr=0.1, warmup=0, clip=0.5, eps=0.4)
+    [(change, *_, above)] = stepped(monkeypatch, config, [[3.0, 4.0]], **settings)  # clipped to 0.3 and 0.4 - 1e-7
+    assert change.tolist() == pytest.approx([-0.1 * g / (g + 0.4) for g in (0.3, 0.4)], rel=1e-4) and above == 0
+    assert stepped(monkeypatch, config, [[3.0, 4.0]], **settings | {"eps": 0.35})[0][3] == 0.5
+    assert stepped(monkeypatch, config, [[3.0, 4.0]], **settings | {"eps": 0.25})[0][3] == 1
+    assert stepped(monkeypatch, config, [[3.0, 4.0]], **settings, optimizer="sgd")[0][3] is None
+
+
+def test_step_0_measures_the_start_and_moves_nothing(tmp_path):
+    run = tmp_path / "run"
+    assert main([*SMALL, "--method", "garl", "--steps", "0", "--out", str(run)]) == 0
+    [row] = rows(run)
+    assert row["step"] == row["lr"] == 0 and row["log_P_mean"] < 0 < row["above_eps"] and "val_maj@4" in row
+    start = load_file(Path(tsallis_rl.LAB_MODEL) / "model.safetensors")
+    assert all(torch.equal(w, start[name]) for name, w in weights(run).items())
+    assert main(["--resume", str(run), "--steps", "1"]) == 0
+    assert main([*SMALL, "--method", "garl", "--steps", "1", "--out", str(tmp_path / "whole")]) == 0
+    same(run, tmp_path / "whole")
+
+
+def test_a_schedule_moves_q_from_its_start_to_its_end_and_stays_there(tmp_path, config):
+    settings = config(q=0.9, q_end=0.1, q_steps=4)
+    assert [tsallis_rl.q_of(step, settings) for step in range(7)] == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1, 0.1, 0.1])
+    assert {tsallis_rl.q_of(step, config(q=0.3)) for step in range(99)} == {0.3}
+    arguments = [*SMALL, "--method", "garl", "--q", "1", "--q-end", "0", "--q-steps", "2", "--steps", "3"]
+    assert main([*arguments, "--batch-size", "1", "--out", str(tmp_path / "run")]) == 0
+    log = rows(tmp_path / "run")
+    assert [row["q"] for row in log] == [1, 0.5, 0, 0]
+    assert [row["loss"] for row in log] == pytest.approx(  # of one prompt: the loss is l_q at its P
+        [tsallis_rl.tsallis_loss(row["log_P_mean"], row["q"]).item() for row in log])
+
+
+def test_the_score_term_alone_is_garl_without_its_pathwise_term(config):
+    log_w = torch.tensor([0.5, 0.1, 0.02, 0.3]).log()
+    a, b = coefficients(log_w, 0, config(method="garl-score", q=0.5, M=4))
+    whole, path = coefficients(log_w, 0, config(method="garl", q=0.5, M=4))
+    assert torch.equal(a, whole) and not b.any() and path.all()
 
 
 @pytest.mark.parametrize("optimizer", ("adamw", "sgd"))
@@ -352,7 +392,7 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(tmp
 
     def broken(*args):
         calls.append(1)
-        return real(*args) * (1.0 if len(calls) <= 1 + 2 * 3 else float("nan"))  # the probe; 2 prompts a step; a forward each
+        return real(*args) * (1.0 if len(calls) <= 1 + 2 * 4 else float("nan"))  # the probe; 2 prompts a step, of 0, too
 
     monkeypatch.setattr(tsallis_rl, "chunked_log_probs", broken)
     run = tmp_path / "run"
