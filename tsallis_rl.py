@@ -69,7 +69,7 @@ CLOSE, SEAM = "</think>", "\n\n"  # end of the rationale; what stands between it
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run, and so the command line. `resolve` fills in None, by the data set, where it is no limit.
+    """Every setting of a run, and so the command line. `resolve` fills in None where it or `PRESETS` has a value.
     Whole numbers are at least `least`, fractions above 0 (or 0 where that is 0)."""
 
     # the method
@@ -172,7 +172,7 @@ def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
 #   PAFT (14)      ghat = -wbar^(1-q)/M^q 1/K sum_k grad log p(z_{r_k}, y* | x*),  r_k = m with chance w_m / sum w (13)
 #
 # M^q, the most that w_m / wbar^q can be, is the normaliser of Algorithms 1 and 2, in effect a smaller learning rate at
-# larger q; (12) and (14) do not have it. Every method is a pair of coefficients in one surrogate loss, where
+# larger q under SGD; (12) and (14) do not have it. Every method is a pair of coefficients in one surrogate loss, where
 #
 #   method               a_m                            b_m                       y
 #   GARL                 c_m / (M M^q)                  w_m / (wbar^q M M^q)      gold y*
@@ -449,7 +449,7 @@ class HFRollouts:
     def sample(self, prompts: list[list[int]], begun: list[list[int]], seeds: list[int], budget: int, thinking: bool,
                scored: bool) -> list[Sampled]:
         """Row j continues prompts[j] + begun[j] by at most `budget` tokens, through the end token or, when thinking,
-        </think>."""
+        </think>; without gradients."""
         longest = max((len(p) + len(b) for p, b in zip(prompts, begun)), default=0) + budget
         size = max(1, 16 * self.config.token_budget // longest)  # a cached token is about a twentieth of a trained one
         parts = [slice(i, i + size) for i in range(0, len(prompts), size)]
@@ -551,7 +551,7 @@ class _LogProb(torch.autograd.Function):
 
 def chunked_log_probs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """log p(target) under softmax(hidden weight^T): (N, D), (V, D), (N,) -> (N,), at least float32, nats. Holds `CHUNK`
-    logits at most. The output layer must be a plain matrix, without bias or logit scaling: `probe` (12) checks it."""
+    logits at most. The output layer must be a plain matrix, without bias or logit scaling: `probe` checks it."""
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # it does not reach into our own Function
     return _LogProb.apply(hidden, weight, target)
@@ -644,7 +644,7 @@ def group_gradient(model: PreTrainedModel, group: Group, config: Config) -> tupl
     """Add 1/B of the gradient of one prompt's surrogate loss to the parameters' .grad.
 
     w_m always comes from the trainer's own weights, never from the sampler. Where GARL's rollouts fit the token budget
-    together, one pass scores and is differentiated; otherwise, and for PAFT, which draws few of them, they are scored
+    together, one pass scores and is differentiated; otherwise, and for PAFT, which draws some of them, they are scored
     first, and those whose coefficient is not 0 run again. Returns merit (log w, GRPO: the reward), a and the metrics.
     """
     shared, scored, keep_graph = SharedPrompt(model, group.prompt, config), [], False
@@ -915,7 +915,7 @@ def train(run: Run) -> None:
             if any(gather([run.stop])):
                 break
     if run.skipped:
-        return say(f"ended while steps were not finite; the last good checkpoint is {run.out / 'last'}")
+        return say(f"ended while steps were not finite; the last good checkpoint is {checkpoint_of(run.out)}")
     if run.step % config.eval_every:
         save(run, "last")
     say(f"done: best validation maj@{config.eval_samples} {run.best:.1f}%, checkpoint {run.out / 'best'}"

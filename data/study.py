@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -56,23 +57,24 @@ def learning(start: str, methods: dict[str, tuple], options: dict[str, str], dat
         for q in qs:
             yield (f"{method} {variant} q={q:g} seed={seed}",
                    f"{LAB} --batch-size 4 --data {data} --start {start} --method {method} --q {q:g} {option} {more} "
-                   f"--eval-every 20 --eval-limit 24 --seed {seed}")
+                   f"--eval-limit 24 --seed {seed}")
 
 
 def tables() -> dict[str, list[tuple[str, str]]]:
     """Table -> its runs."""
     cold = {"grpo": (0,), "garl": (0, 0.25, 0.5, 0.75, 1)}
     warm = {"grpo": (0,), "garl": (0, 0.75, 1), "paft": (0, 0.75, 1), "garl-score": (0.75,)}
+    long = "--lr 3e-4 --steps 80 --eval-every 20"
     noisy = lambda share, variant, qs, option="": learning(
-        "cold", {"garl": qs}, {f"{variant}noise={share}%": option}, f"{WORK}/noise{share}", "--lr 3e-4 --steps 100")
+        "cold", {"garl": qs}, {f"{variant}noise={share}%": option}, f"{WORK}/noise{share}", long)
     return {
         "gate": [*gate("garl", OPTIMIZERS), *gate("paft", {"adamw-1e-8": ""})],
         "cold": list(learning("cold", cold, {"adamw": "--lr 3e-4", "sgd": "--optimizer sgd --lr 0.3"}, "ledger",
-                              "--steps 60")),
+                              "--steps 48 --eval-every 16")),
         "warm": list(learning("warm", warm, {f"lr={lr}": f"--lr {lr}" for lr in ("3e-4", "3e-3")}, "ledger",
-                              "--steps 60")),
+                              "--steps 48 --eval-every 16")),
         "noise": [run for share in NOISE for run in noisy(share, "", (0, 0.75, 1))],
-        "schedule": [run for share in NOISE for run in noisy(share, "1-to-0,", (1,), "--q-end 0 --q-steps 50")],
+        "schedule": [run for share in NOISE for run in noisy(share, "1-to-0,", (1,), "--q-end 0 --q-steps 40")],
     }
 
 
@@ -177,6 +179,7 @@ def run_one(job: tuple[str, str, str]) -> dict:
     line = {"run": name, "command": f"OMP_NUM_THREADS=1 python tsallis_rl.py {command}"}
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         code = tsallis_rl.main([*command.split(), "--out", str(out)])
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own would keep the pool from ending
         if table not in ("gate", "real") and code == 0:
             config = replace(tsallis_rl.parse(command.split()), model=str(out / "best"), eval_samples=16)
             records = load(config.data, "test", 100)
@@ -310,6 +313,9 @@ def print_gate() -> None:
         print(f"| {method} | {optimizer} | {log_P0:.0f} | {limit:.1f} | " + " | ".join(row) + " |")
     for (rule, method, optimizer), hits in sorted(right.items()):
         print(f"{rule}, {method}, {optimizer}: {sum(hits)} of {len(hits)} cells on the predicted side")
+    for rule in ("by line", "by steps"):
+        hits = [hit for key, some in right.items() if key[0] == rule for hit in some]
+        print(f"all {rule}: {sum(hits)} of {len(hits)} cells")
 
 
 def print_learning(table: str) -> None:
