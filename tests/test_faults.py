@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -293,6 +294,15 @@ def test_a_run_that_died_before_its_first_checkpoint_may_be_started_over(moment,
         refused(capsys, ["--resume", str(run)], "no run with a checkpoint")
     assert main(arguments) == 0
     assert [row["step"] for row in rows(run)] == [0, 1] and len(rows(run, "samples.jsonl")) == 4
+
+
+def test_ctrl_c_while_torch_is_imported_is_no_traceback():
+    program = subprocess.Popen([sys.executable, tsallis_rl.__file__, "--steps", "1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    maps = Path(f"/proc/{program.pid}/maps")
+    while "libtorch" not in maps.read_text():
+        time.sleep(0.005)
+    program.send_signal(signal.SIGINT)
+    assert program.communicate(timeout=60) == (b"", None) and program.returncode == -signal.SIGINT
 
 
 def test_ctrl_c_while_loading_leaves_nothing(small, tmp_path, monkeypatch, capsys):
