@@ -63,7 +63,7 @@ def learning(start: str, methods: dict[str, tuple], options: dict[str, str], dat
 def tables() -> dict[str, list[tuple[str, str]]]:
     """Table -> its runs."""
     cold = {"grpo": (0,), "garl": (0, 0.25, 0.5, 0.75, 1)}
-    warm = {"grpo": (0,), "garl": (0, 0.75, 1), "paft": (0, 0.75, 1), "garl-score": (0.75,)}
+    warm = {"grpo": (0,), "garl": (0.75, 1), "paft": (0.75, 1), "garl-score": (0.75,)}
     long = "--lr 3e-4 --steps 80 --eval-every 20"
     noisy = lambda share, variant, qs, option="": learning(
         "cold", {"garl": qs}, {f"{variant}noise={share}%": option}, f"{WORK}/noise{share}", long)
@@ -88,6 +88,8 @@ def make_data() -> None:
     rows = [json.loads(line) for line in (ROOT / "data/ledger/train.jsonl").read_text().splitlines()[:100]]
     for share in NOISE:
         folder, rng = WORK / f"noise{share}", random.Random(0)
+        if (folder / "validation.jsonl").exists():
+            continue
         folder.mkdir(parents=True, exist_ok=True)
         noisy = [row | {"answer": rng.choice([r["answer"] for r in rows if r["answer"] not in row["answer"]
                                               and row["answer"] not in r["answer"]])} for row in rows[:share]]
@@ -97,7 +99,7 @@ def make_data() -> None:
         shutil.copy(ROOT / "data/ledger/validation.jsonl", folder)
 
 
-REAL = "--rollout hf --dtype bfloat16 --prompt-limit 900 --think-budget 48 --answer-budget 24 --batch-size 2 --M 8"
+REAL = "--rollout hf --dtype bfloat16 --prompt-limit 700 --think-budget 32 --answer-budget 16 --batch-size 2 --M 4"
 
 
 def real(model: str) -> list[tuple[str, str]]:
@@ -105,7 +107,8 @@ def real(model: str) -> list[tuple[str, str]]:
     methods = (("garl", 0.75), ("grpo", 0), ("paft", 0.75), ("garl", 0))
     return [(f"{name} {start} {method} q={q:g} seed={seed}",
              f"{REAL} --model {model} --data {name}:{WORK}/{name} --start {start} --method {method} --q {q:g} "
-             f"--steps 24 --lr 2e-5 --eval-every 24 --eval-limit 4 --eval-samples 4 --seed {seed}")
+             f"--steps 12 --lr 1e-4 --eval-every 12 --eval-limit {12 if name == 'finqa' else 2} --eval-samples 2 "
+             f"--seed {seed}")
             for seed in (0, 1) for start in ("cold", "warm") for name in ("finqa", "hotpotqa", "musique")
             for method, q in methods]
 
@@ -134,19 +137,20 @@ def shorten(official: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Running them
 # ---------------------------------------------------------------------------------------------------------------------
-COLUMNS = ("q", "log_P_mean", "loss", "reward", "ess", "grad_norm", "above_eps", "val_p@1", "val_p@16", "val_maj@16")
+COLUMNS = ("q", "log_P_mean", "loss", "reward", "ess", "grad_norm", "above_eps", "rationale_tokens", "val_p@1",
+           "val_p@16", "val_maj@16")
 
 
-def columns(path: Path) -> dict[str, list]:
+def columns(path: Path, names: tuple[str, ...] = COLUMNS) -> dict[str, list]:
     """What a metrics.jsonl holds, by columns, with four digits; a column of nothing is left out."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     short = lambda x: float(f"{x:.4g}") if isinstance(x, float) else x
-    table = {name: [short(row.get(name)) for row in rows] for name in COLUMNS}
+    table = {name: [short(row.get(name)) for row in rows] for name in names}
     return {name: values for name, values in table.items() if any(x is not None for x in values)}
 
 
 def with_and_without(name: str, command: str) -> list[float]:
-    """Mean log P of a model on eight validation rows, with eight of its own rationales, and with an empty one."""
+    """Mean log P of a model on four validation rows, with four of its own rationales, and with an empty one."""
     import torch
     import tsallis_rl as t
     from data import load
@@ -154,15 +158,15 @@ def with_and_without(name: str, command: str) -> list[float]:
     model, fmt = t.load_model(name, torch.device("cpu"))
     examples = t.encode(load(config.data, "validation", 40), config, fmt, 8192)
     rows = []
-    for i, (record, prompt) in enumerate([example for example in examples if example[1]][:8]):
+    for i, (record, prompt) in enumerate([example for example in examples if example[1]][:4]):
         seed = t.seed_of(config.seed, "with", i)
-        [rollouts] = t.generate(t.HFRollouts(model, fmt, config), [prompt], [seed], 8, config.think_budget, 0)
+        [rollouts] = t.generate(t.HFRollouts(model, fmt, config), [prompt], [seed], 4, config.think_budget, 0)
         rollouts.append(t.Rollout([], False, [], []))
         responses = [t.respond(rollout, fmt.gold(record.answer), fmt) for rollout in rollouts]
         group = t.Group(record, prompt, rollouts, responses, None, seed)
         with torch.no_grad():
-            _, _, log_w, _ = t.score(t.SharedPrompt(model, prompt, config), group, list(range(9)))
-        rows.append((log_w[:8].logsumexp(0).item() - math.log(8), log_w[8].item()))
+            _, _, log_w, _ = t.score(t.SharedPrompt(model, prompt, config), group, list(range(5)))
+        rows.append((log_w[:4].logsumexp(0).item() - math.log(4), log_w[4].item()))
     return [round(fmean(column), 2) for column in zip(*rows)]
 
 
@@ -176,7 +180,8 @@ def run_one(job: tuple[str, str, str]) -> dict:
     table, name, command = job
     out, start = WORK / table / name.replace(" ", "_"), time.perf_counter()
     shutil.rmtree(out, ignore_errors=True)
-    line = {"run": name, "command": f"OMP_NUM_THREADS=1 python tsallis_rl.py {command}"}
+    shown = dict(real("SMOLLM2"))[name] if table == "real" else command  # a folder's name is nobody else's
+    line = {"run": name, "command": f"OMP_NUM_THREADS=1 python tsallis_rl.py {shown}"}
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         code = tsallis_rl.main([*command.split(), "--out", str(out)])
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own would keep the pool from ending
@@ -184,10 +189,11 @@ def run_one(job: tuple[str, str, str]) -> dict:
             config = replace(tsallis_rl.parse(command.split()), model=str(out / "best"), eval_samples=16)
             records = load(config.data, "test", 100)
             line["test"] = summarize(tsallis_rl.answer(config, records), records)
-        if table == "real" and code == 0:
+        if table == "real" and code == 0 and "grpo" not in name:
             line["log_P, start"] = with_and_without(tsallis_rl.parse(command.split()).model, command)
             line["log_P, end"] = with_and_without(str(out / "last"), command)
-    line |= {"exit": code, "seconds": round(time.perf_counter() - start, 1), "metrics": columns(out / "metrics.jsonl")}
+    line |= {"exit": code, "seconds": round(time.perf_counter() - start, 1)}
+    line["metrics"] = columns(out / "metrics.jsonl", COLUMNS if table != "gate" else ("log_P_mean", "above_eps"))
     if table in ("gate", "real"):
         shutil.rmtree(out)
     return line
@@ -203,6 +209,39 @@ def run_tables(todo: list[tuple[str, str, str]], jobs: int) -> None:
             with open(RESULTS / f"{job[0]}.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"{i}/{len(todo)} {job[0]} {line['run']}: {line['seconds']} s", flush=True)
+
+
+def variance() -> None:
+    """GARL's and PAFT's gradient from M rollouts beside GARL's from 2,048, M^q taken out: mean cosine, mean length, and
+    the length of the mean of 32 pools, which has the bias alone; over two prompts, to data/results/variance.json."""
+    import torch
+    import tsallis_rl as t
+    from data import load
+    rows = []
+    for start in ("warm", "cold"):
+        config = t.parse([*LAB.split(), "--start", start, "--batch-size", "1"])
+        model, fmt = t.load_model(config.model, torch.device("cpu"))
+        for i, (record, prompt) in enumerate(t.encode(load("ledger", "train", 2), config, fmt, 1024)):
+            [pool] = t.generate(t.HFRollouts(model, fmt, config), [prompt], [t.seed_of("variance", i)], 2048, 24, 0)
+            answers = [t.respond(rollout, fmt.gold(record.answer), fmt) for rollout in pool]
+
+            def gradient(method: str, q: float, M: int, first: int) -> torch.Tensor:
+                part = slice(first, first + M)
+                group = t.Group(record, prompt, pool[part], answers[part], None, t.seed_of("pool", first))
+                model.zero_grad()
+                t.group_gradient(model, group, replace(config, method=method, q=q, M=M, K=M))
+                return torch.cat([p.grad.flatten() for p in model.parameters()]) * M**q
+
+            for q in (0, 0.5, 0.75, 1):
+                true = gradient("garl", q, 2048, 0)
+                for method, M in itertools.product(("garl", "paft"), (2, 8, 32)):
+                    pools = torch.stack([gradient(method, q, M, M * k) for k in range(32)])
+                    cosine = torch.cosine_similarity(pools, true[None], -1).mean().item()
+                    lengths = [x.norm().item() / true.norm().item() for x in (*pools, pools.mean(0))]
+                    row = {"cosine": cosine, "length": fmean(lengths[:-1]), "length of the mean": lengths[-1]}
+                    rows.append({"start": start, "prompt": i, "method": method, "q": q, "M": M}
+                                | {name: round(value, 3) for name, value in row.items()})
+    (RESULTS / "variance.json").write_text("[" + ",\n".join(map(json.dumps, rows)) + "]\n")
 
 
 def read(table: str) -> list[dict]:
@@ -389,6 +428,13 @@ def figures() -> None:
         gate_figure(pyplot)
     if read("cold") and read("warm"):
         learning_figure(pyplot)
+    if (path := RESULTS / "variance.json").exists():
+        print("\n| start | method | q | M | cosine | length | length of the mean |\n" + "|---" * 7 + "|")
+        pairs = defaultdict(list)  # the two prompts
+        for row in json.loads(path.read_text()):
+            pairs[row["start"], row["method"], row["q"], row["M"]].append(list(row.values())[5:])
+        for key, values in pairs.items():
+            print("|", " | ".join([*map(str, key), *(f"{fmean(column):.2f}" for column in zip(*values))]), "|")
     for table in (*tables(), "real"):
         if table != "gate" and read(table):
             print(f"\n{table}\n")
@@ -401,7 +447,7 @@ def figures() -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    known = [*tables(), "predict", "real"]
+    known = [*tables(), "predict", "variance", "real"]
     parser.add_argument("tables", nargs="*", choices=known, metavar="TABLE", help=f"what to run: {', '.join(known)}")
     parser.add_argument("--only", default="", help="of their runs those with these words in the name")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
@@ -413,9 +459,11 @@ def main() -> None:
     make_data()
     if "predict" in given.tables:
         predict()
+    if "variance" in given.tables:
+        variance()
     if "real" in given.tables:
         shorten(given.official)
-    runs = {**tables(), "real": real(given.model), "predict": []}
+    runs = {**tables(), "real": real(given.model), "predict": [], "variance": []}
     todo = [(table, *run) for table in given.tables for run in runs[table]]
     run_tables([job for job in todo if all(word in job[1].split() for word in given.only.split())], given.jobs)
     if given.figures:
