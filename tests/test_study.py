@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import tsallis_rl
 from data import load, study
@@ -93,6 +94,7 @@ def test_colder_golds_keep_what_is_needed_of_a_multi_hop_row(tmp_path, monkeypat
 
 def test_a_run_of_the_study_repeats(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "WORK", tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # it would hold for the tests that follow
     monkeypatch.chdir(ROOT)
     name, command = random.Random(0).choice(list(study.learning("warm", {"garl": (0.5,)}, {"few": "--lr 3e-4"}, "ledger", "--steps 1 --eval-every 1")))
     command = command.replace("--M 16", "--M 2").replace("--eval-limit 24", "--eval-limit 2 --eval-samples 2 --limit 20")
