@@ -29,7 +29,7 @@ def test_every_flag_in_the_readme_exists(capsys):
     with pytest.raises(SystemExit):
         evaluation.main(["--help"])
     flags |= set(re.findall("--[a-z-]+", capsys.readouterr().out))
-    flags |= set(re.findall("--[a-zA-Z-]+", (ROOT / "tests" / "bench.py").read_text()))
+    flags |= {flag for file in ("tests/bench.py", "data/study.py") for flag in re.findall("--[a-zA-Z-]+", (ROOT / file).read_text())}
     used = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", README)) - {"--nproc-per-node"}
     assert used and used <= flags
 

@@ -10,7 +10,6 @@ import torch
 
 import tsallis_rl
 from data import load, study
-from data.files import read_jsonl
 
 ROOT = Path(study.__file__).resolve().parent.parent
 README = " ".join((ROOT / "README.md").read_text().split())
@@ -22,7 +21,7 @@ START = {"log_P0": -40.0, "sum": 2000.0, "squares": 64.0, "g": [1e-4, 1e-2, 1e-1
 def test_every_run_of_a_log_is_one_of_the_study_and_ended_well(path):
     table = path.stem
     known = dict(study.real("SMOLLM2") if table == "real" else study.tables()[table])
-    for line in read_jsonl(path):
+    for line in study.read(table):
         words = shlex.split(line["command"])
         assert words[:3] == ["OMP_NUM_THREADS=1", "python", "tsallis_rl.py"] and line["exit"] == 0
         config = tsallis_rl.parse(words[3:])
