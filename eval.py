@@ -336,7 +336,7 @@ def evaluate(given: dict, split: str = "test", out: str | None = None, overwrite
     name = "-".join(("eval", *Path(config.model).parts[-2:], Path(config.data).name, split, config.start))
     path = user_path(out or re.sub(r"[^\w.-]", "_", name)[:200] + ".jsonl")
     claim_file(path, overwrite)  # now rather than after the sampling
-    answers = tsallis_rl.answer(config, records)
+    answers = tsallis_rl.answers_to(config, records)
     lines = [grade(dataset_name(config.data), *pair) for pair in zip(records, answers)]
     fitting = sum(samples is not None for samples in answers)
     if fitting < len(records):

@@ -20,8 +20,8 @@ sequences, 6 rollouts, 7 token log-probabilities, 8 the gradient of one prompt, 
 checkpoints, 11 the training loop, 12 main. Whoever wants the paper's mathematics alone reads 2 and 3.
 
 Letters: B prompts in a step, M rollouts of a prompt, K resampled rollouts, R rows (rollouts run at once), T tokens of a
-row, V vocabulary, D hidden size, N scored positions; z rationale, y answer, w = p(y* | x*, z), wbar
-the mean of w over the M rollouts, which estimates P; (a, b) the coefficients on log p(z | x) and log p(y | x, z).
+row, V vocabulary, D hidden size, N scored positions; z rationale, y answer, w = p(y* | x*, z), wbar the mean of w over
+the M rollouts, which estimates P; (a, b) the coefficients on log p(z | x) and log p(y | x, z).
 """
 import contextlib
 import dataclasses
@@ -70,8 +70,7 @@ CLOSE, SEAM = "</think>", "\n\n"  # end of the rationale; what stands between it
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run, and so the command line. `resolve` fills in None where it or `PRESETS` has a value.
-    Whole numbers are at least `least`, fractions above 0 (or 0 where that is 0)."""
-
+    Whole numbers are at least `least` (1 if not said), fractions above 0 (or 0 where `least` is)."""
     # the method
     q: float = setting(0.75, "Commitment q in [0, 1]: 0 is RLVR, 1 the log-marginal likelihood (eq. 3).", least=0)
     q_end: float | None = setting(None, "Where q moves to, linearly in --q-steps; --q if not given.", least=0)
@@ -186,8 +185,7 @@ Coefficients = tuple[Tensor, Tensor]
 
 
 def surrogate_loss(log_pz: Tensor, log_py: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """-sum_m [a_m log p(z_m | x) + b_m log p(y | x, z_m)]: its gradient is ghat, as a and b are detached. All (..., M)
-    -> the sum over all."""
+    """-sum_m [a_m log p(z_m | x) + b_m log p(y | x, z_m)], all (..., M). With a, b detached its gradient is ghat."""
     return -(a * log_pz + b * log_py).sum()
 
 
@@ -253,8 +251,7 @@ def grpo_coefficients(reward: Tensor) -> Coefficients:
 
     Exactly 0 where all rewards of a prompt agree: a model that never succeeds gets no signal. std is the unbiased one,
     as in common GRPO code. No KL term and no division by length; no ratio and no clip, as with one update per batch of
-    rollouts the ratio is 1.
-    Returns detached a = b of reward's shape and dtype. ValueError: M < 2.
+    rollouts the ratio is 1. Returns detached a = b of reward's shape and dtype. ValueError: M < 2.
     """
     r, M = reward.detach().double(), reward.shape[-1]
     if M < 2:
@@ -528,6 +525,7 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        """log p, (N,); keeps log Z = logsumexp(h W^T), not the logits."""
         rows, W, log_p, log_Z = max(1, CHUNK[hidden.device.type] // len(weight)), weight.to(hidden.dtype), [], []
         for h, t in zip(hidden.split(rows), target.split(rows)):
             logits = output_logits(h, W)  # (rows, V)
@@ -538,6 +536,7 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients of hidden and weight, a chunk's logits at a time."""
         hidden, weight, target, log_Z = ctx.saved_tensors
         rows, W = max(1, CHUNK[hidden.device.type] // len(weight)), weight.to(hidden.dtype)
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
@@ -630,7 +629,7 @@ def micro_batches(group: Group, rows: Iterable[int], token_budget: int) -> list[
 
 
 def coefficients(log_w: Tensor, seed: int, config: Config) -> Coefficients:
-    """(a, b) of GARL or PAFT from log w: (M,); NaN where log w is not finite, for `update` to skip the step."""
+    """(a, b) of GARL (12) or PAFT (14) from log w: (M,); NaN where that is not finite, so that `update` skips it."""
     if not log_w.isfinite().all():
         return torch.full_like(log_w, math.nan), torch.full_like(log_w, math.nan)
     if config.method != "paft":
@@ -641,7 +640,7 @@ def coefficients(log_w: Tensor, seed: int, config: Config) -> Coefficients:
 
 
 def group_gradient(model: PreTrainedModel, group: Group, config: Config) -> tuple[Tensor, Tensor, dict]:
-    """Add 1/B of the gradient of one prompt's surrogate loss to the parameters' .grad.
+    """Add 1/B of the gradient of one prompt's surrogate loss to the parameters' .grad: Algorithm 1 or 2, or GRPO.
 
     w_m always comes from the trainer's own weights, never from the sampler. Where GARL's rollouts fit the token budget
     together, one pass scores and is differentiated; otherwise, and for PAFT, which draws some of them, they are scored
@@ -729,9 +728,8 @@ class Run:
 
 def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimizer:
     """AdamW or SGD without weight decay, its state shared out over the processes; `update` sets the learning rate."""
-    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
-    settings = dict(lr=config.lr, weight_decay=0.0, fused=True)
-    settings |= {"eps": config.eps} if config.optimizer == "adamw" else {}
+    kind, own = {"adamw": (torch.optim.AdamW, {"eps": config.eps}), "sgd": (torch.optim.SGD, {})}[config.optimizer]
+    settings = dict(lr=config.lr, weight_decay=0.0, fused=True, **own)
     if world() == 1:
         return kind(model.parameters(), **settings)
     return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=kind, **settings)
@@ -781,20 +779,21 @@ def q_of(step: int, config: Config) -> float:
 def update(run: Run, groups: list[Group], step: int) -> tuple[list[tuple], dict]:
     """One optimiser step on the mean of the B prompts' surrogate losses; none at step 0, which only measures, and none
     if the gradient's norm is not finite. Returns what `group_gradient` does, and metrics."""
-    config, lr = run.config, run.config.lr * min(1, step / max(1, run.config.warmup))
+    config = dataclasses.replace(run.config, q=q_of(step, run.config))
     run.optimizer.zero_grad(set_to_none=True)
-    results = [group_gradient(run.model, group, dataclasses.replace(config, q=q_of(step, config))) for group in groups]
+    results = [group_gradient(run.model, group, config) for group in groups]
     sum_gradients(run.model)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip).item()
     above_eps = None  # what is below, AdamW hardly moves: it divides the mean gradient by its root mean square + eps
     if config.optimizer == "adamw":
         gradients = [p.grad for p in run.model.parameters()]
         above_eps = sum((g.abs() > config.eps).sum() for g in gradients).item() / sum(g.numel() for g in gradients)
+    lr = config.lr * min(1, step / max(1, config.warmup))
     if step and math.isfinite(norm):
         for parameters in run.optimizer.param_groups:
             parameters["lr"] = lr
         run.optimizer.step()
-    return results, {"q": q_of(step, config), "grad_norm": norm, "above_eps": above_eps, "lr": lr}
+    return results, {"q": config.q, "grad_norm": norm, "above_eps": above_eps, "lr": lr}
 
 
 def train_step(run: Run, step: int) -> dict:
@@ -865,6 +864,7 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 def save(run: Run, name: str) -> None:
     """Write the checkpoint folder run.out/name: what transformers and vLLM load, and the trainer's state beside it."""
     def write(folder: Path) -> None:
+        """The files of a checkpoint."""
         run.model.save_pretrained(folder)
         run.engine.fmt.tokenizer.save_pretrained(folder)
         counters = {key: getattr(run, key) for key in COUNTERS}
@@ -1066,7 +1066,7 @@ def interrupt(run: Run) -> None:
     say("finishing this step, then saving; a second signal stops at once")
 
 
-def answer(config: Config, records: list[Record]) -> list[list[str] | None]:
+def answers_to(config: Config, records: list[Record]) -> list[list[str] | None]:
     """eval.py's sampling: answers of config.model to each record, None where its prompt is too long."""
     model, fmt = load_model(config.model, start_processes())
     examples = encode(records, config, fmt, positions(model))

@@ -1,11 +1,12 @@
-"""The laboratory study behind "What we found" in README.md: every run on `ledger`, its logs, tables and figures.
+"""The study behind "What we found" in README.md: its runs, their logs, tables and figures.
 
     python data/study.py predict gate cold warm noise schedule   # what data/results/ lacks: hours on two cores
     python data/study.py real --model SMOLLM2 --official DIR     # SmolLM2-135M-Instruct on rows of the benchmarks
     python data/study.py --figures                               # data/figures/*.png and tables, from data/results/
 
 A line of data/results/TABLE.jsonl is one run: its command, which repeats it, the columns of its metrics.jsonl, and
-what `eval.py --split test` says of its best checkpoint. Data sets that commands name are made first, below runs/study.
+what `eval.py --split test` says of its best checkpoint (on 100 rows; for noise and schedule these are the noisy
+training rows, or without noise the training rows). Data sets that commands name are made first, below runs/study.
 
 Contents: 1 the tables, 2 running them, 3 the gate's line, 4 tables and figures, 5 main.
 """
@@ -30,6 +31,9 @@ from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from data.files import append_jsonl, jsonl, read_jsonl, read_log, write_atomic
+
 RESULTS, FIGURES, WORK = ROOT / "data" / "results", ROOT / "data" / "figures", Path("runs", "study")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,7 +89,7 @@ def make_data() -> None:
         if not (WORK / name / "test.jsonl").exists():
             make = [sys.executable, ROOT / "data" / "make_ledger.py", f"--form={form}", "--out", WORK / name]
             subprocess.run(make, check=True)
-    rows = [json.loads(line) for line in (ROOT / "data/ledger/train.jsonl").read_text().splitlines()[:100]]
+    rows = [row for _, row in read_jsonl(ROOT / "data/ledger/train.jsonl")][:100]  # so that a per cent is a row
     for share in NOISE:
         folder, rng = WORK / f"noise{share}", random.Random(0)
         if (folder / "validation.jsonl").exists():
@@ -95,7 +99,7 @@ def make_data() -> None:
                                               and row["answer"] not in r["answer"]])} for row in rows[:share]]
         splits = {"train": noisy + rows[share:], "test": noisy or rows}
         for split, lines in splits.items():
-            (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            write_atomic(folder / f"{split}.jsonl", jsonl(lines))
         shutil.copy(ROOT / "data/ledger/validation.jsonl", folder)
 
 
@@ -130,8 +134,7 @@ def shorten(official: Path) -> None:
                 elif name == "musique":
                     other = next(part["idx"] for part in row["paragraphs"] if not part["is_supporting"])
                     row["paragraphs"] = [p for p in row["paragraphs"] if p["is_supporting"] or p["idx"] == other]
-            dump = "".join(json.dumps(row) + "\n" for row in rows) if file.endswith("l") else json.dumps(rows)
-            (WORK / name / file).write_text(dump)
+            write_atomic(WORK / name / file, jsonl(rows) if file.endswith("l") else json.dumps(rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,7 +146,7 @@ COLUMNS = ("q", "log_P_mean", "loss", "reward", "ess", "grad_norm", "above_eps",
 
 def columns(path: Path, names: tuple[str, ...] = COLUMNS) -> dict[str, list]:
     """What a metrics.jsonl holds, by columns, with four digits; a column of nothing is left out."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_log(path)
     short = lambda x: float(f"{x:.4g}") if isinstance(x, float) else x
     table = {name: [short(row.get(name)) for row in rows] for name in names}
     return {name: values for name, values in table.items() if any(x is not None for x in values)}
@@ -188,7 +191,7 @@ def run_one(job: tuple[str, str, str]) -> dict:
         if table not in ("gate", "real") and code == 0:
             config = replace(tsallis_rl.parse(command.split()), model=str(out / "best"), eval_samples=16)
             records = load(config.data, "test", 100)
-            line["test"] = summarize(tsallis_rl.answer(config, records), records)
+            line["test"] = summarize(tsallis_rl.answers_to(config, records), records)
         if table == "real" and code == 0 and "grpo" not in name:
             line["log_P, start"] = with_and_without(tsallis_rl.parse(command.split()).model, command)
             line["log_P, end"] = with_and_without(str(out / "last"), command)
@@ -206,14 +209,14 @@ def run_tables(todo: list[tuple[str, str, str]], jobs: int) -> None:
     todo = [job for job in todo if job[1] not in done[job[0]]]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         for i, (job, line) in enumerate(zip(todo, pool.imap(run_one, todo)), 1):
-            with open(RESULTS / f"{job[0]}.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_jsonl(RESULTS / f"{job[0]}.jsonl", [line])
             print(f"{i}/{len(todo)} {job[0]} {line['run']}: {line['seconds']} s", flush=True)
 
 
 def variance() -> None:
-    """GARL's and PAFT's gradient from M rollouts beside GARL's from 2,048, M^q taken out: mean cosine, mean length, and
-    the length of the mean of 32 pools, which has the bias alone; over two prompts, to data/results/variance.json."""
+    """GARL's and PAFT's gradient from M rollouts beside GARL's from 2,048, theirs among them, without M^q: mean cosine
+    and length over 32 pools, and the length of the pools' mean, in which the variance is a 32nd; over two prompts, to
+    data/results/variance.json."""
     import torch
     import tsallis_rl as t
     from data import load
@@ -246,8 +249,7 @@ def variance() -> None:
 
 def read(table: str) -> list[dict]:
     """The runs of a table; none if it was not run."""
-    path = RESULTS / f"{table}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_log(RESULTS / f"{table}.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,6 +370,9 @@ def print_learning(table: str) -> None:
         test = [spread([line["test"][key] for line in lines if "test" in line]) for key in ("p@1", "p@16", "maj@16")]
         ends = spread(last("log_P_mean"), ".1f"), spread(last("val_maj@16"))
         print("|", " | ".join((name, *ends, *test)), "|")
+        for moment in ("log_P, start", "log_P, end"):  # of the table "real"
+            for with_z, without in (line[moment] for line in lines if moment in line):
+                print(f"    {moment}: {with_z} with its own rationales, {without} with an empty one")
 
 
 def gate_figure(pyplot) -> None:

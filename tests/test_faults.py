@@ -300,6 +300,7 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback():
     program = subprocess.Popen([sys.executable, tsallis_rl.__file__, "--steps", "1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     maps = Path(f"/proc/{program.pid}/maps")
     while "libtorch" not in maps.read_text():
+        assert program.poll() is None
         time.sleep(0.005)
     program.send_signal(signal.SIGINT)
     assert program.communicate(timeout=60) == (b"", None) and program.returncode == -signal.SIGINT
