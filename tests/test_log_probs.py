@@ -135,6 +135,8 @@ def test_what_has_no_weight_is_not_trained(pool, random_model, lab, config):
     assert metrics["trained_share"] == 1 / M and (a != 0).sum() == 1
     [m] = a.nonzero()[0].tolist()
     assert metrics["trained_tokens"] == len(prompt) + len(group.responses[m].ids)
+    once = group_gradient(random_model, group_of("garl", prompt, rollouts, lab[1]), config(method="garl", M=M))[2]
+    assert metrics["sampler_gap_mean"] == pytest.approx(once["sampler_gap_mean"]), "a row that runs again counts once"
 
 
 @pytest.mark.parametrize("method", ("garl", "paft"))

@@ -139,11 +139,17 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(tmp_path, monke
 
     run = str(tmp_path / "run")
     monkeypatch.setattr(HFRollouts, "sample", stale)
-    assert main([*SMALL, "--steps", "3", "--out", run]) == 2
-    assert "sampler and trainer disagree by 0.01 nats" in capsys.readouterr().err
+    assert main([*SMALL, "--steps", "2", "--out", run]) == 2
+    error = capsys.readouterr().err
+    assert "sampler and trainer disagree by 0.01 nats" in error and "there is no checkpoint yet" in error
     assert rows(run)[-1]["sampler_gap_mean"] == pytest.approx(0.01, rel=0.01)  # the evidence is logged
     monkeypatch.undo()
-    assert main([*SMALL, "--steps", "3", "--out", run]) == 0  # there was no checkpoint yet, so it may start over
+    assert main([*SMALL, "--steps", "2", "--out", run]) == 0  # so it may start over
+    monkeypatch.setattr(HFRollouts, "sample", stale)
+    assert main(["--resume", run, "--steps", "3"]) == 2
+    assert f"the last good checkpoint is {run}/last" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["--resume", run, "--steps", "3"]) == 0
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
 
 
@@ -351,6 +357,7 @@ def test_step_0_measures_the_start_and_moves_nothing(tmp_path):
     assert main([*SMALL, "--method", "garl", "--steps", "0", "--out", str(run)]) == 0
     [row] = rows(run)
     assert row["step"] == row["lr"] == 0 and row["log_P_mean"] < 0 < row["above_eps"] and "val_maj@4" in row
+    assert torch.load(run / "last" / "trainer.pt", weights_only=True)["optimizer"]["state"] == {}, "nor AdamW's moments"
     start = load_file(Path(tsallis_rl.LAB_MODEL) / "model.safetensors")
     assert all(torch.equal(w, start[name]) for name, w in weights(run).items())
     assert main(["--resume", str(run), "--steps", "1"]) == 0
