@@ -282,12 +282,12 @@ def sampled(monkeypatch, tmp_path):
     tsallis_rl = pytest.importorskip("tsallis_rl")
     calls = SimpleNamespace(all=[], too_long=(), before=lambda: None)
 
-    def answer(config, records):
+    def answers_to(config, records):
         calls.before()
         calls.all.append((config, records))
         return [None if r.id in calls.too_long else [r.answer] + ["9"] * (config.eval_samples - 1) for r in records]
 
-    monkeypatch.setattr(tsallis_rl, "answer", answer)
+    monkeypatch.setattr(tsallis_rl, "answers_to", answers_to)
     monkeypatch.chdir(tmp_path)
     return calls
 
