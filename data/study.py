@@ -1,6 +1,6 @@
 """The study behind "What we found" in README.md: its runs, their logs, tables and figures.
 
-    python data/study.py predict gate cold warm noise schedule   # what data/results/ lacks: hours on two cores
+    python data/study.py predict gate rate cold warm noise schedule   # what data/results/ lacks: hours on two cores
     python data/study.py real --model SMOLLM2 --official DIR     # SmolLM2-135M-Instruct on rows of the benchmarks
     python data/study.py --figures                               # data/figures/*.png and tables, from data/results/
 
@@ -44,7 +44,9 @@ QS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 FORMS = {"plain": "N", "colon": ": N", "bracket": "[N", "brackets": "[[N"}  # colder and colder
 OPTIMIZERS = {"adamw-1e-8": "", "adamw-1e-20": "--eps 1e-20", "sgd": "--optimizer sgd --lr 0.1"}
 LAB = "--rollout hf --model data/ledger/model --think-budget 24 --answer-budget 8 --M 16"
-NOISE = (0, 30)  # percent
+NOISE = (0, 10, 30)  # percent
+RATES = (0.03, 0.1, 0.3, 1, 3)  # of SGD
+DECAY = "--q-end 0 --q-steps 40"
 
 
 def gate(method: str, optimizers: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -67,18 +69,26 @@ def learning(start: str, methods: dict[str, tuple], options: dict[str, str], dat
 def tables() -> dict[str, list[tuple[str, str]]]:
     """Table -> its runs."""
     cold = {"grpo": (0,), "garl": (0, 0.25, 0.5, 0.75, 1)}
-    warm = {"grpo": (0,), "garl": (0.75, 1), "paft": (0.75, 1), "garl-score": (0.75,)}
+    warm = {"grpo": (0,), "garl": (0, 0.25, 0.75, 1), "paft": (0, 0.25, 0.75, 1), "garl-score": (0.75,)}
+    short = "--steps 48 --eval-every 16"
     long = "--lr 3e-4 --steps 80 --eval-every 20"
-    noisy = lambda share, variant, qs, option="": learning(
-        "cold", {"garl": qs}, {f"{variant}noise={share}%": option}, f"{WORK}/noise{share}", long)
+    noisy = lambda share, variant, qs, option="", bracket=False: learning(
+        "cold", {"garl": qs}, {f"{variant}noise={share}%": option}, f"{WORK}/noise{share}" + "-bracket" * bracket, long)
     return {
         "gate": [*gate("garl", OPTIMIZERS), *gate("paft", {"adamw-1e-8": ""})],
+        "rate": list(learning("cold", {"garl": (1,)}, {f"sgd-{lr}": f"--optimizer sgd --lr {lr}" for lr in RATES},
+                              "ledger", short)),
         "cold": list(learning("cold", cold, {"adamw": "--lr 3e-4", "sgd": "--optimizer sgd --lr 0.3"}, "ledger",
-                              "--steps 48 --eval-every 16")),
-        "warm": list(learning("warm", warm, {f"lr={lr}": f"--lr {lr}" for lr in ("3e-4", "3e-3")}, "ledger",
-                              "--steps 48 --eval-every 16")),
-        "noise": [run for share in NOISE for run in noisy(share, "", (0, 0.75, 1))],
-        "schedule": [run for share in NOISE for run in noisy(share, "1-to-0,", (1,), "--q-end 0 --q-steps 40")],
+                              short)),
+        "warm": list(learning("warm", warm, {f"lr={lr}": f"--lr {lr}" for lr in ("3e-4", "1e-3", "3e-3")}, "ledger",
+                              short)),
+        "noise": [run for share in NOISE for run in noisy(share, "", (0, 0.5, 0.75, 1))],
+        "schedule": [run for share in NOISE for run in noisy(share, "1-to-0,", (1,), DECAY)]
+                    + [run for share in (0, 30) for run in (
+                        *noisy(share, "gate-8,", (1,)),
+                        *noisy(share, "bracket,", (0, 0.75, 1), bracket=True),
+                        *noisy(share, "bracket,1-to-0,", (1,), DECAY, True),
+                        *noisy(share, "bracket,gate-8,", (1,), bracket=True))],
     }
 
 
@@ -89,18 +99,19 @@ def make_data() -> None:
         if not (WORK / name / "test.jsonl").exists():
             make = [sys.executable, ROOT / "data" / "make_ledger.py", f"--form={form}", "--out", WORK / name]
             subprocess.run(make, check=True)
-    rows = [row for _, row in read_jsonl(ROOT / "data/ledger/train.jsonl")][:100]  # so that a per cent is a row
-    for share in NOISE:
-        folder, rng = WORK / f"noise{share}", random.Random(0)
+    sources = {"": ROOT / "data/ledger", "-bracket": WORK / "bracket"}
+    for share, (form, source) in itertools.product(NOISE, sources.items()):
+        folder, rng = WORK / f"noise{share}{form}", random.Random(0)
         if (folder / "validation.jsonl").exists():
             continue
         folder.mkdir(parents=True, exist_ok=True)
+        rows = [row for _, row in read_jsonl(source / "train.jsonl")][:100]  # so that a per cent is a row
         noisy = [row | {"answer": rng.choice([r["answer"] for r in rows if r["answer"] not in row["answer"]
                                               and row["answer"] not in r["answer"]])} for row in rows[:share]]
         splits = {"train": noisy + rows[share:], "test": noisy or rows}
         for split, lines in splits.items():
             write_atomic(folder / f"{split}.jsonl", jsonl(lines))
-        shutil.copy(ROOT / "data/ledger/validation.jsonl", folder)
+        shutil.copy(source / "validation.jsonl", folder)
 
 
 REAL = "--rollout hf --dtype bfloat16 --prompt-limit 700 --think-budget 32 --answer-budget 16 --batch-size 2 --M 4"
@@ -173,6 +184,24 @@ def with_and_without(name: str, command: str) -> list[float]:
     return [round(fmean(column), 2) for column in zip(*rows)]
 
 
+@contextlib.contextmanager
+def gated(c: float) -> Iterator[None]:
+    """In place of --q the schedule that the gate suggests, which did not earn a setting: q = max(0, 1 - c / |log P|),
+    from a running mean of the steps' log P."""
+    import tsallis_rl as t
+    q_of, train_step, log_P = t.q_of, t.train_step, -math.inf
+
+    def watched(run, step: int) -> dict:
+        nonlocal log_P
+        row = train_step(run, step)
+        log_P = 0.8 * log_P + 0.2 * row["log_P_mean"] if step else row["log_P_mean"]
+        return row
+
+    t.train_step, t.q_of = watched, lambda step, config: max(0.0, 1 - c / max(1e-9, -log_P))
+    yield
+    t.train_step, t.q_of = train_step, q_of
+
+
 def run_one(job: tuple[str, str, str]) -> dict:
     """One run, in this process, and its best checkpoint on the test split."""
     import torch
@@ -185,8 +214,12 @@ def run_one(job: tuple[str, str, str]) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     shown = dict(real("SMOLLM2"))[name] if table == "real" else command  # a folder's name is nobody else's
     line = {"run": name, "command": f"OMP_NUM_THREADS=1 python tsallis_rl.py {shown}"}
+    schedule = contextlib.nullcontext()
+    if "gate-8," in name:
+        line["command"], schedule = f"python data/study.py {table} --only '{name}'", gated(8)
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        code = tsallis_rl.main([*command.split(), "--out", str(out)])
+        with schedule:
+            code = tsallis_rl.main([*command.split(), "--out", str(out)])
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own would keep the pool from ending
         if table not in ("gate", "real") and code == 0:
             config = replace(tsallis_rl.parse(command.split()), model=str(out / "best"), eval_samples=16)
@@ -402,23 +435,31 @@ def gate_figure(pyplot) -> None:
 
 
 def learning_figure(pyplot) -> None:
-    """data/figures/learning.png: validation over the steps of the cold and the warm table."""
-    panels = {("cold", "adamw"): "cold start, AdamW", ("cold", "sgd"): "cold start, SGD",
-              ("warm", "lr=3e-4"): "warm start, lr 3e-4", ("warm", "lr=3e-3"): "warm start, lr 3e-3"}
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for axis, ((table, variant), title) in zip(axes.flat, panels.items()):
-        groups = defaultdict(list)
-        for line in read(table):
-            method, found, q, _ = line["run"].split()
-            if found == variant:
-                groups[method if method == "grpo" else f"{method} {q}"].append(line["metrics"]["val_maj@16"])
-        for name, runs in groups.items():
-            steps = [i for i, x in enumerate(runs[0]) if x is not None]
-            at = [[run[i] for run in runs if i < len(run) and run[i] is not None] for i in steps]
-            curve, = axis.plot(steps, [fmean(x) for x in at], label=name)
-            axis.fill_between(steps, [min(x) for x in at], [max(x) for x in at], alpha=0.15, color=curve.get_color())
-        axis.set(title=title, xlabel="step", ylabel="validation maj@16 (%), mean and range of seeds", ylim=(-3, 103))
+    """data/figures/learning.png: validation over the steps of the cold, noisy and warm runs."""
+    panels = {"adamw": "cold start, AdamW", "sgd": "cold start, SGD", "noise=30%": "cold start, 30% wrong golds",
+              "lr=3e-4": "warm start, lr 3e-4", "lr=1e-3": "warm start, lr 1e-3", "lr=3e-3": "warm start, lr 3e-3"}
+    colors = {"q=0": "C0", "q=0.25": "C1", "q=0.5": "C2", "q=0.75": "C3", "q=1": "C4"}
+    styles = {"garl": "-", "paft": "--", "garl-score": ":", "grpo": "-."}
+    groups = defaultdict(list)
+    for line in [line for table in ("cold", "noise", "schedule", "warm") for line in read(table)]:
+        method, variant, q, _ = line["run"].split()
+        look = (colors[q], styles[method]) if method != "grpo" else ("black", "-.")
+        label = "grpo" if method == "grpo" else f"{method} {q}"
+        if variant.startswith("1-to-0,"):
+            variant, label, look = variant.removeprefix("1-to-0,"), "garl q=1 to 0", ("C5", "-")
+        groups[variant, label, look].append(line["metrics"]["val_maj@16"])
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7.5), layout="constrained", sharey=True)
+    for axis, (shown, title) in zip(axes.flat, panels.items()):
+        for (variant, label, (color, style)), runs in groups.items():
+            if variant == shown:
+                steps = [i for i, x in enumerate(runs[0]) if x is not None]
+                at = [[run[i] for run in runs] for i in steps]
+                axis.plot(steps, [fmean(x) for x in at], style, color=color, label=label)
+                axis.fill_between(steps, [min(x) for x in at], [max(x) for x in at], alpha=0.12, color=color)
+        axis.set(title=title, xlabel="step", ylim=(-3, 103))
         axis.legend(fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set(ylabel="validation maj@16 (%), mean and range of seeds")
     figure.savefig(FIGURES / "learning.png", dpi=110)
 
 

@@ -22,6 +22,9 @@ def test_every_run_of_a_log_is_one_of_the_study_and_ended_well(path):
     known = dict(study.real("SMOLLM2") if table == "real" else study.tables()[table])
     for line in study.read(table):
         words = shlex.split(line["command"])
+        if "gate-8," in line["run"]:  # no setting of the trainer's
+            assert words == ["python", "data/study.py", table, "--only", line["run"]]
+            words = ["OMP_NUM_THREADS=1", "python", "tsallis_rl.py", *known[line["run"]].split()]
         assert words[:3] == ["OMP_NUM_THREADS=1", "python", "tsallis_rl.py"] and line["exit"] == 0
         config = tsallis_rl.parse(words[3:])
         assert config == tsallis_rl.parse(known[line["run"]].split())
@@ -39,6 +42,26 @@ def test_the_readme_tells_how_many_cells_are_on_the_predicted_side(capsys):
 @pytest.mark.parametrize("figure", ("gate.png", "learning.png"))
 def test_the_figures_are_pictures_in_the_readme(figure):
     assert (ROOT / "data" / "figures" / figure).read_bytes().startswith(b"\x89PNG") and f"data/figures/{figure}" in README
+
+
+def test_the_gate_s_schedule_follows_the_running_mean_of_log_P(monkeypatch):
+    scripted = [{"log_P_mean": x} for x in (-40.0, -20.0, -4.0, -2.0)]
+    monkeypatch.setattr(tsallis_rl, "train_step", lambda run, step: scripted[step])
+    before, qs = (tsallis_rl.train_step, tsallis_rl.q_of), []
+    with study.gated(8):
+        for step in range(4):
+            qs.append(tsallis_rl.q_of(step, None))  # as `update` does, before the step's row is known
+            tsallis_rl.train_step(None, step)
+        qs.append(tsallis_rl.q_of(4, None))
+    assert qs == pytest.approx([1, 1 - 8 / 40, 1 - 8 / 36, 1 - 8 / 29.6, 1 - 8 / 24.08])
+    assert (tsallis_rl.train_step, tsallis_rl.q_of) == before
+    with study.gated(50):
+        tsallis_rl.train_step(None, 0)
+        assert tsallis_rl.q_of(1, None) == 0
+    for line in study.read("schedule"):
+        if "gate-8," in line["run"]:
+            q, log_P = line["metrics"]["q"], line["metrics"]["log_P_mean"]
+            assert q[0] == 1 and q[1] == pytest.approx(max(0, 1 + 8 / log_P[0]), abs=1e-3)
 
 
 def test_a_start_is_passed_when_half_of_the_way_is_done():
@@ -61,7 +84,7 @@ def test_the_prediction_has_the_gate():
 
 def test_the_noisy_rows_have_another_row_s_answer_and_are_what_the_test_split_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "WORK", tmp_path)
-    monkeypatch.setattr(study, "FORMS", {})
+    monkeypatch.setattr(study, "FORMS", {"bracket": "[N"})
     study.make_data()
     clean = {r.id: r.answer for r in load("ledger", "train")}
     assert [r.answer for r in load(str(tmp_path / "noise0"), "train")] == list(clean.values())[:100]
@@ -70,6 +93,9 @@ def test_the_noisy_rows_have_another_row_s_answer_and_are_what_the_test_split_ho
     assert len(noisy) == 100 and len(changed) == 30 and {r.answer for r in changed} <= set(clean.values())
     assert load(str(tmp_path / "noise30"), "test") == changed
     assert load(str(tmp_path / "noise30"), "validation") == load("ledger", "validation")
+    colder = load(str(tmp_path / "noise10-bracket"), "train")
+    assert [i for i, r in enumerate(colder) if r.answer != "[" + clean[r.id]] == list(range(10))
+    assert all(r.answer.startswith("[") for r in colder)
 
 
 def test_a_shortened_row_keeps_its_supporting_paragraphs_and_the_first_other_one(tmp_path, monkeypatch):
