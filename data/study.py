@@ -241,9 +241,14 @@ def run_tables(todo: list[tuple[str, str, str]], jobs: int) -> None:
     done = {table: {line["run"] for line in read(table)} for table, *_ in todo}
     todo = [job for job in todo if job[1] not in done[job[0]]]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for i, (job, line) in enumerate(zip(todo, pool.imap(run_one, todo)), 1):
-            append_jsonl(RESULTS / f"{job[0]}.jsonl", [line])
-            print(f"{i}/{len(todo)} {job[0]} {line['run']}: {line['seconds']} s", flush=True)
+        try:
+            for i, (job, line) in enumerate(zip(todo, pool.imap(run_one, todo)), 1):
+                append_jsonl(RESULTS / f"{job[0]}.jsonl", [line])
+                print(f"{i}/{len(todo)} {job[0]} {line['run']}: {line['seconds']} s", flush=True)
+        except BaseException:  # Ctrl-C: to what the pool sends them next, runs would answer by saving, and never end
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
 
 
 def variance() -> None:
