@@ -1013,12 +1013,12 @@ def make_engine(config: Config, path: str, model: PreTrainedModel, fmt: Format,
 
 def start_run(config: Config, out: Path, device: torch.device) -> Run:
     """Load data, model, sampler and optimiser, or continue the run in `out`."""
-    for line in cpu_warnings(config.dtype, dataset_name(config.data) != "ledger") if device.type == "cpu" else ():
-        say(line)
     checkpoint = checkpoint_of(out) if config.resume else None
     path = str(checkpoint or config.model)
     fewest = min((n for n in (config.limit, config.eval_limit) if n), default=None)
     splits = load(config.data, "train", config.limit), load(config.data, "validation", fewest)
+    for line in cpu_warnings(config.dtype, dataset_name(config.data) != "ledger") if device.type == "cpu" else ():
+        say(line)
     model, fmt = load_model(path, device)
     training, validation = (encode(records, config, fmt, positions(model)) for records in splits)
     training = [(record, prompt) for record, prompt in training if prompt]

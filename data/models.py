@@ -11,6 +11,7 @@ from pathlib import Path
 for _unused in ("torchvision", "torchaudio", "torchcodec"):
     sys.modules.setdefault(_unused, None)
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,6 +58,7 @@ def load_pretrained(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     for what cannot be loaded whole: files missing or cut off, weights missing or not finite, sliding windows."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()  # it would tell of every retry
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=ATTENTION,
