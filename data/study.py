@@ -378,7 +378,8 @@ def middle(steps: list) -> int | None:
 def print_gate() -> None:
     """A row per method, optimiser and form: the median step of escape / the predicted one, at each q."""
     start, cells, right = json.loads((RESULTS / "gate-line.json").read_text()), gate_cells(), defaultdict(list)
-    print("| method | optimiser | log P0 | passes |", " | ".join(f"q = {q:g}" for q in QS), "|\n" + "|---" * 10 + "|")
+    print("steps of escape, median of the seeds / predicted; room: log(g1 / eps)\n")
+    print("| method | optimiser | log P0 | room |", " | ".join(f"q = {q:g}" for q in QS), "|\n" + "|---" * 10 + "|")
     for method, optimizer, form in dict.fromkeys(key[:3] for key in cells):
         row, log_P0 = [], start[form]["log_P0"]
         limit = math.nan if optimizer == "sgd" else room(optimizer, start[form])
@@ -399,15 +400,21 @@ def print_gate() -> None:
 
 def print_learning(table: str) -> None:
     """A row per method, variant and q: validation, then the best checkpoint on the test split."""
+    place = {name: i for i, (name, _) in enumerate(tables().get(table, ()))}
     groups = defaultdict(list)
-    for line in read(table):
+    for line in sorted(read(table), key=lambda line: place.get(line["run"], 0)):
         groups[line["run"].rsplit(" seed", 1)[0]].append(line)
-    print("| run | log P, last | maj@16, validation, last | p@1 | p@16 | maj@16 on test |\n" + "|---" * 6 + "|")
+    rows = "the noisy training rows" if table in ("noise", "schedule") else "test"
+    print(f"| run | log P, last | maj@16 on validation: means by step; last | p@1 | p@16 | maj@16 on {rows} |")
+    print("|---" * 6 + "|")
     for name, lines in groups.items():
-        last = lambda key: [x[-1] for line in lines if (x := line["metrics"].get(key)) and x[-1] is not None]
+        columns = [[x for x in line["metrics"]["val_maj@16"] if x is not None] for line in lines
+                   if "val_maj@16" in line["metrics"]]
+        steps = ", ".join(f"{fmean(at):.0f}" for at in zip(*columns))
+        log_P = [x[-1] for line in lines if (x := line["metrics"].get("log_P_mean"))]
         test = [spread([line["test"][key] for line in lines if "test" in line]) for key in ("p@1", "p@16", "maj@16")]
-        ends = spread(last("log_P_mean"), ".1f"), spread(last("val_maj@16"))
-        print("|", " | ".join((name, *ends, *test)), "|")
+        cells = spread(log_P, ".1f"), f"{steps}; {spread([column[-1] for column in columns])}", *test
+        print("|", " | ".join((name, *cells)), "|")
         for moment in ("log_P, start", "log_P, end"):  # of the table "real"
             for with_z, without in (line[moment] for line in lines if moment in line):
                 print(f"    {moment}: {with_z} with its own rationales, {without} with an empty one")
@@ -455,7 +462,7 @@ def learning_figure(pyplot) -> None:
         groups[variant, label, look].append(line["metrics"]["val_maj@16"])
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 7.5), layout="constrained", sharey=True)
     for axis, (shown, title) in zip(axes.flat, panels.items()):
-        for (variant, label, (color, style)), runs in groups.items():
+        for (variant, label, (color, style)), runs in sorted(groups.items(), key=lambda item: item[0][1]):
             if variant == shown:
                 steps = [i for i, x in enumerate(runs[0]) if x is not None]
                 at = [[run[i] for run in runs] for i in steps]
@@ -480,7 +487,8 @@ def figures() -> None:
     if read("cold") and read("warm"):
         learning_figure(pyplot)
     if (path := RESULTS / "variance.json").exists():
-        print("\n| start | method | q | M | cosine | length | length of the mean |\n" + "|---" * 7 + "|")
+        print("\nvariance: gradients from M rollouts beside that from 2,048, cosine and ratio of lengths\n")
+        print("| start | method | q | M | cosine | length | length of the mean |\n" + "|---" * 7 + "|")
         pairs = defaultdict(list)  # the two prompts
         for row in json.loads(path.read_text()):
             pairs[row["start"], row["method"], row["q"], row["M"]].append(list(row.values())[5:])
