@@ -1,8 +1,8 @@
 """The study behind "What we found" in README.md: its runs, their logs, tables and figures.
 
-    python data/study.py predict gate rate cold warm noise schedule   # what data/results/ lacks: hours on two cores
+    python data/study.py predict gate rate cold warm noise schedule   # what data/results/ lacks: hours
     python data/study.py real --model SMOLLM2 --official DIR          # SmolLM2-135M-Instruct on rows of the benchmarks
-    python data/study.py --figures                                    # data/figures/*.png and tables, from data/results/
+    python data/study.py --figures                                    # data/figures/ and tables, from data/results/
 
 A line of data/results/TABLE.jsonl is one run: its command, which repeats it, the columns of its metrics.jsonl, and
 what `eval.py --split test` says of its best checkpoint (on 100 rows; for noise and schedule these are the noisy
