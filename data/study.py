@@ -380,7 +380,8 @@ def print_gate() -> None:
     start, cells, right = json.loads((RESULTS / "gate-line.json").read_text()), gate_cells(), defaultdict(list)
     print("steps of escape, median of the seeds / predicted; room: log(g1 / eps)\n")
     print("| method | optimiser | log P0 | room |", " | ".join(f"q = {q:g}" for q in QS), "|\n" + "|---" * 10 + "|")
-    for method, optimizer, form in dict.fromkeys(key[:3] for key in cells):
+    by_start = lambda key: (*key[:2], -start[key[2]]["log_P0"])
+    for method, optimizer, form in sorted({key[:3] for key in cells}, key=by_start):
         row, log_P0 = [], start[form]["log_P0"]
         limit = math.nan if optimizer == "sgd" else room(optimizer, start[form])
         for q in (q for q in QS if (method, optimizer, form, q) in cells):
