@@ -84,7 +84,11 @@ def test_the_prediction_has_the_gate():
 
 def test_the_noisy_rows_have_another_row_s_answer_and_are_what_the_test_split_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "WORK", tmp_path)
-    monkeypatch.setattr(study, "FORMS", {"bracket": "[N"})
+    monkeypatch.setattr(study, "FORMS", {})  # what make_ledger.py would write
+    (tmp_path / "bracket").mkdir()
+    for split in ("train", "validation"):
+        text = (ROOT / "data" / "ledger" / f"{split}.jsonl").read_text()
+        (tmp_path / "bracket" / f"{split}.jsonl").write_text(text.replace('"answer": "', '"answer": "['))
     study.make_data()
     clean = {r.id: r.answer for r in load("ledger", "train")}
     assert [r.answer for r in load(str(tmp_path / "noise0"), "train")] == list(clean.values())[:100]
