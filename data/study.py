@@ -452,7 +452,7 @@ def learning_figure(pyplot) -> None:
     panels = {"adamw": "cold start, AdamW", "sgd": "cold start, SGD", "noise=30%": "cold start, 30% wrong golds",
               "lr=3e-4": "warm start, lr 3e-4", "lr=1e-3": "warm start, lr 1e-3", "lr=3e-3": "warm start, lr 3e-3"}
     colors = {"q=0": "C0", "q=0.25": "C1", "q=0.5": "C2", "q=0.75": "C3", "q=1": "C4"}
-    styles = {"garl": "-", "paft": "--", "garl-score": ":", "grpo": "-."}
+    styles = {"garl": "-", "paft": "--", "garl-score": ":"}
     groups = defaultdict(list)
     for line in [line for table in ("cold", "noise", "schedule", "warm") for line in read(table)]:
         method, variant, q, _ = line["run"].split()
