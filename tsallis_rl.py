@@ -43,12 +43,12 @@ from typing import NamedTuple
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while what follows loads: no traceback; `main` restores it
 os.environ.setdefault("GOMP_SPINCOUNT", "500")  # idle threads that spin for long slow a shared CPU down severalfold
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # lengths differ at every step
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -56,9 +56,9 @@ from data import Record, dataset_name, load
 from data.files import (Parser, UserError, add_settings, append_jsonl, check_settings, commit, cut_log, exit_code,
                         held_folder, read_object, resumed, say as print_line, setting, user_path, versions,
                         write_atomic, write_folder)
-from data.models import cpu_warnings, load_pretrained, positions, sample as continue_rows, vllm_runs_here
+from data.models import PromptLayer, cpu_warnings, load_pretrained, positions, sample as continue_rows, vllm_runs_here
 from eval import exact_match, summarize
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parent
 CLOSE, SEAM = "</think>", "\n\n"  # end of the rationale; what stands between it and the answer
@@ -103,7 +103,7 @@ class Config:
     dtype: str = setting("auto", "float32, bfloat16 (autocast over float32 weights), auto: bfloat16 on CUDA.",
                          "auto", "float32", "bfloat16")
     token_budget: int = setting(8192, "Tokens (prompt and padded responses) held at once in training; rollouts by "
-                                      "transformers hold 16 times as many. Lower it when memory runs out.")
+                                      "transformers hold 4 times as many. Lower it when memory runs out.")
     # the run
     seed: int = setting(0, "Seed of the data order and of every sample.", least=0)
     out: str | None = setting(None, "Folder of the run; runs/NAME if not given.")
@@ -413,8 +413,8 @@ Sampled = tuple[list[int], list[float]]  # ids, and the sampler's log-probabilit
 
 
 def autocast(model: PreTrainedModel, config: Config) -> torch.autocast:
-    """bfloat16 where it is asked for. One context never holds passes with and without gradients: autocast keeps its
-    copies of the weights until it ends, and those made without gradients would cut the weights off from the graph."""
+    """bfloat16 where it is asked for. Autocast keeps its copies of the weights until the outermost context ends: one made
+    without gradients would cut its weight off from the graph, so the first pass in a context is one with gradients."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
@@ -448,7 +448,7 @@ class HFRollouts:
         """Row j continues prompts[j] + begun[j] by at most `budget` tokens, through the end token or, when thinking,
         </think>; without gradients."""
         longest = max((len(p) + len(b) for p, b in zip(prompts, begun)), default=0) + budget
-        size = max(1, 16 * self.config.token_budget // longest)  # a cached token is about a twentieth of a trained one
+        size = max(1, 4 * self.config.token_budget // longest)  # a cached token is about a twentieth of a trained one
         parts = [slice(i, i + size) for i in range(0, len(prompts), size)]
         ended = lambda ids: ids[-1] == self.fmt.end or thinking and self.fmt.closed(ids)
         with autocast(self.model, self.config):
@@ -570,15 +570,22 @@ class SharedPrompt:
             ids = torch.tensor([prompt[:-1]], device=model.device)
             cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
         self.outputs = [x for layer in cache.layers for x in (layer.keys, layer.values)]  # (1, heads, length, size)
-        self.leaves = [x.detach().requires_grad_() for x in self.outputs]
+        # float32, as gradients add up here
+        self.leaves = [x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_() for x in self.outputs]
+
+    def copy_tokens(self) -> int:
+        """What a row's copy of the keys and values costs, in trained tokens. A trained token holds about the inputs and
+        outputs of every matrix, at four bytes a number."""
+        numbers = sum(sum(p.shape) for p in self.model.base_model.parameters() if p.dim() == 2)
+        numbers -= sum(self.model.get_input_embeddings().weight.shape)
+        size = 2 if self.config.dtype == "bfloat16" else 4
+        return math.ceil(size * sum(x.numel() for x in self.leaves) / (4 * numbers))
 
     def log_probs(self, ids: Tensor, scored: Tensor) -> Tensor:
         """log p of each scored token of the responses given what precedes it, nats, and 0 elsewhere: (R, T), (R, T) ->
         (R, T). Padding is on the right, where no causal position looks."""
         R, T = ids.shape
-        cache = DynamicCache(config=self.model.config)
-        for layer, (k, v) in enumerate(zip(self.leaves[::2], self.leaves[1::2])):
-            cache.update(k.expand(R, -1, -1, -1), v.expand(R, -1, -1, -1), layer)
+        cache = Cache(layers=[PromptLayer(*pair) for pair in zip(self.leaves[::2], self.leaves[1::2])])
         with autocast(self.model, self.config):
             inputs = F.pad(ids[:, :-1], (1, 0), value=self.last)
             position = torch.arange(self.length, self.length + T, device=ids.device).unsqueeze(0)
@@ -590,7 +597,7 @@ class SharedPrompt:
     def backward(self) -> None:
         """Carry what the responses left at the keys and values back through the prompt."""
         if self.leaves[0].grad is not None:
-            torch.autograd.backward(self.outputs, [x.grad for x in self.leaves])
+            torch.autograd.backward(self.outputs, [x.grad.to(y.dtype) for x, y in zip(self.leaves, self.outputs)])
 
 
 class Group(NamedTuple):
@@ -604,25 +611,27 @@ class Group(NamedTuple):
 
 
 def score(shared: SharedPrompt, group: Group, rows: list[int]) -> tuple[list[int], Tensor, Tensor, Tensor]:
-    """Run R responses of a group against their prompt; differentiable where gradients are enabled.
+    """Run R responses of a group against their prompt; without gradients only the answers are scored.
 
     Returns rows, log p(z | x) (R,), log p(y | x, z) (R,), which with the gold answer is log w, and the sampler's gap
-    |log p sampler - log p trainer| (sampled tokens,).
+    |log p sampler - log p trainer| (sampled tokens,); of these the first and the last mean nothing without gradients.
     """
     ids, kinds = (pad_sequence([torch.tensor(group.responses[m][i]) for m in rows], batch_first=True)
                   .to(shared.model.device) for i in (0, 1))  # (R, T)
-    log_p = shared.log_probs(ids, kinds != FORCED)
+    log_p = shared.log_probs(ids, kinds != FORCED if torch.is_grad_enabled() else kinds == Y)
     sampled = kinds == Z if group.reward is None else kinds != FORCED  # a gold answer was not sampled
     sampler = torch.tensor([x for m in rows for x in group.rollouts[m].log_p], device=log_p.device)
     gap = (log_p.detach()[sampled] - sampler).abs().cpu()
     return rows, (log_p * (kinds == Z)).sum(-1), (log_p * (kinds == Y)).sum(-1), gap
 
 
-def micro_batches(group: Group, rows: Iterable[int], token_budget: int) -> list[list[int]]:
-    """Rows by falling length, cut so that prompt + rows x longest stays in the budget; one row always goes."""
+def micro_batches(group: Group, rows: Iterable[int], token_budget: int, copy_tokens: int) -> list[list[int]]:
+    """Rows by falling length, cut so that prompt + rows x (longest + its copy of the prompt) stays in the budget; one
+    row always goes."""
     rows, batches = sorted(rows, key=lambda m: -len(group.responses[m].ids)), []
     while rows:
-        size = max(1, (token_budget - len(group.prompt)) // len(group.responses[rows[0]].ids))
+        longest = len(group.responses[rows[0]].ids) + copy_tokens
+        size = max(1, (token_budget - len(group.prompt)) // longest)
         batches.append(rows[:size])
         rows = rows[size:]
     return batches
@@ -646,26 +655,31 @@ def group_gradient(model: PreTrainedModel, group: Group, config: Config) -> tupl
     together, one pass scores and is differentiated; otherwise, and for PAFT, which draws some of them, they are scored
     first, and those whose coefficient is not 0 run again. Returns merit (log w, GRPO: the reward), a and the metrics.
     """
-    shared, scored, keep_graph = SharedPrompt(model, group.prompt, config), [], False
-    if config.method == "grpo":
-        merit = group.reward
-        a, b = grpo_coefficients(merit)
-    else:
-        batches = micro_batches(group, range(config.M), config.token_budget)
-        keep_graph = config.method != "paft" and len(batches) == 1
-        with torch.set_grad_enabled(keep_graph):
-            scored = [score(shared, group, rows) for rows in batches]
-        merit = torch.empty(config.M)
-        for rows, _, log_w, _ in scored:
-            merit[rows] = log_w.detach().float().cpu()  # log w_m = log p(y* | x*, z_m)
-        a, b = coefficients(merit, group.seed, config)
-    trained, gaps = [m for m in range(config.M) if a[m] != 0 or b[m] != 0], [gap for *_, gap in scored]  # NaN != 0
-    for batch in micro_batches(group, trained, config.token_budget):  # with keep_graph there is one
-        rows, log_pz, log_py, gap = scored[0] if keep_graph else score(shared, group, batch)
-        loss = surrogate_loss(log_pz, log_py, a[rows].to(log_pz), b[rows].to(log_py))
-        (loss / config.batch_size).backward()
-        gaps += [] if scored else [gap]
-    shared.backward()
+    with autocast(model, config):  # one context, so one copy of the weights, made by the prompt's pass with its graph
+        shared, scored, keep_graph = SharedPrompt(model, group.prompt, config), [], False
+        batches_of = lambda rows: micro_batches(group, rows, config.token_budget, shared.copy_tokens())
+        if config.method == "grpo":
+            merit = group.reward
+            a, b = grpo_coefficients(merit)
+        else:
+            batches = batches_of(range(config.M))
+            keep_graph = config.method != "paft" and len(batches) == 1
+            with torch.set_grad_enabled(keep_graph):
+                scored = [score(shared, group, rows) for rows in batches]
+            merit = torch.empty(config.M)
+            for rows, _, log_w, _ in scored:
+                merit[rows] = log_w.detach().float().cpu()  # log w_m = log p(y* | x*, z_m)
+            a, b = coefficients(merit, group.seed, config)
+        trained = [m for m in range(config.M) if a[m] != 0 or b[m] != 0]  # NaN != 0
+        gaps = []
+        for batch in batches_of(trained):  # with keep_graph there is one
+            rows, log_pz, log_py, gap = scored[0] if keep_graph else score(shared, group, batch)
+            loss = surrogate_loss(log_pz, log_py, a[rows].to(log_pz), b[rows].to(log_py)) / config.batch_size
+            with torch.autocast(model.device.type, enabled=False):
+                loss.backward()
+            gaps.append(gap)
+        with torch.autocast(model.device.type, enabled=False):
+            shared.backward()
     return merit, a, prompt_metrics(group, merit, trained, torch.cat([torch.zeros(0), *gaps]), config)
 
 
@@ -727,12 +741,9 @@ class Run:
 
 
 def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimizer:
-    """AdamW or SGD without weight decay, its state shared out over the processes; `update` sets the learning rate."""
+    """AdamW or SGD without weight decay; `update` sets the learning rate. Each process keeps all of its state."""
     kind, own = {"adamw": (torch.optim.AdamW, {"eps": config.eps}), "sgd": (torch.optim.SGD, {})}[config.optimizer]
-    settings = dict(lr=config.lr, weight_decay=0.0, fused=True, **own)
-    if world() == 1:
-        return kind(model.parameters(), **settings)
-    return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=kind, **settings)
+    return kind(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True, **own)
 
 
 def batch_of(step: int, config: Config, size: int) -> list[tuple[int, int]]:
@@ -870,8 +881,6 @@ def save(run: Run, name: str) -> None:
         counters = {key: getattr(run, key) for key in COUNTERS}
         torch.save(counters | {"optimizer": run.optimizer.state_dict()}, folder / "trainer.pt")
 
-    if world() > 1:
-        run.optimizer.consolidate_state_dict(0)  # by all processes together, for rank 0 to write
     if rank() == 0:
         write_folder(run.out / name, write)
 

@@ -26,25 +26,31 @@ from transformers.utils import logging
 from data.files import UserError, versions
 
 ATTENTION = "lower_right"
+HARMLESS = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache", "output_attentions",
+            "output_router_logits"}  # what models tell their attention, and what does not change its result here
 
 
-def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, **_):
+def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, **settings):
     """Attention for transformers; without a mask it is causal, the T queries being the last of the S keys.
 
-    (R, H, T, D), (R, G, S, D) -> (R, T, H, D). On CUDA the causal bias is an object that flash attention understands: a
-    mask would keep it away (autocast does not see it, hence the casts). On a CPU the query heads of one key head are
-    rows of one product, as copies of the keys would cost a sixth of the training phase.
+    (R, H, T, D), (R, G, S, D), (R, G, S, E) -> (R, T, H, E). On CUDA the causal bias is an object that flash attention
+    understands: a mask would keep it away, and so would float32 under autocast, which does not see the bias. Elsewhere
+    the query heads of one key head are rows of one product: copies of the keys would cost a sixth of the training.
     """
+    if unknown := {name for name, value in settings.items() if value is not None} - HARMLESS:
+        raise ValueError(f"the model's attention has {', '.join(sorted(unknown))}, which this trainer's does not know")
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     (R, H, T, D), (G, S) = query.shape, key.shape[1:3]
-    if mask is None and query.is_cuda:
-        out = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value, scale=scaling,
-                                             attn_mask=causal_lower_right(T, S), enable_gqa=True)
+    if mask is None and query.is_cuda and query.dtype != torch.float32 and value.shape[-1] == D:
+        out = F.scaled_dot_product_attention(query, key, value, scale=scaling, attn_mask=causal_lower_right(T, S),
+                                             enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)[None, None]
     rows, mask = query.reshape(R, G, -1, D), mask.repeat(1, 1, H // G, 1)
     out = F.scaled_dot_product_attention(rows, key, value, mask, scale=scaling)
-    return out.reshape(R, H, T, D).transpose(1, 2).contiguous(), None
+    return out.reshape(R, H, T, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -81,6 +87,28 @@ def positions(model: PreTrainedModel) -> int:
     return getattr(model.config, "max_position_embeddings", None) or 10**6
 
 
+class ComputeLayer(DynamicLayer):
+    """A layer of a cache in the values' dtype: under autocast a norm of the keys makes them float32."""
+
+    def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """Add keys and values; returns all so far."""
+        return super().update(key.to(value.dtype), value)
+
+
+class PromptLayer(DynamicLayer):
+    """A layer of a prompt's cache, (1, heads, tokens, size), for many rows: it hands on [prompt, new] and keeps nothing
+    of what is new."""
+
+    def __init__(self, key: Tensor, value: Tensor):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = key, value, True
+
+    def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """The prompt and the new tokens of each row, in the new values' dtype."""
+        return tuple(torch.cat([old.to(value.dtype).expand(len(new), -1, -1, -1), new.to(value.dtype)], -2)
+                     for old, new in ((self.keys, key), (self.values, value)))
+
+
 class RoomyLayer(DynamicLayer):
     """Rows of a layer's cache with room for what is to come: DynamicLayer copies all it holds for each token, which is
     a quarter of the time of rollouts and 7% of the default run."""
@@ -88,7 +116,7 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, layer: DynamicLayer, rows: Tensor, room: int):
         super().__init__()
         self.is_initialized, self.length = True, layer.keys.shape[-2]
-        self.store = [F.pad(x[rows].to(layer.values), (0, 0, 0, room)) for x in (layer.keys, layer.values)]
+        self.store = [F.pad(x[rows], (0, 0, 0, room)) for x in (layer.keys, layer.values)]
 
     def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, ...]:
         """Add the keys and values of new tokens; returns all so far."""
@@ -137,7 +165,7 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], begun: list[list[in
     rows = [(tuple(prompt), tuple(b)) for prompt, b in zip(prompts, begun)]
     contexts = {row: i for i, row in enumerate(dict.fromkeys(rows))}
     distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in rows))}
-    cache, device = DynamicCache(config=model.config), model.device
+    cache, device = Cache(layer_class_to_replicate=ComputeLayer), model.device
     ids, mask = _left_padded([prompt[:-1] for prompt in distinct], device)
     next_logits()
     index = torch.tensor([distinct[prompt] for prompt, _ in contexts], device=device)
