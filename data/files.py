@@ -130,6 +130,26 @@ def lock_folder(folder: Path):
     return file
 
 
+@contextmanager
+def open_folder(folder: Path, new: bool):
+    """Makes a folder, or opens one, and locks it. UserError if a new one holds something. One in
+    which nothing was written is removed at the end."""
+    made = not folder.exists()
+    with named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock_folder(folder)
+        held = set(os.listdir(folder)) - {"lock"}
+    try:
+        if new and held:
+            raise UserError(f"{folder} already holds something: give another --out, or "
+                            f"--resume {folder}")
+        yield
+    finally:
+        file.close()
+        if made and folder.exists() and os.listdir(folder) == ["lock"]:
+            shutil.rmtree(folder)
+
+
 def exit_code(program: Callable[[], object]) -> int:
     """Runs a program. 0; 2, after one line on stderr, for what a user can mend; 130 for Ctrl-C."""
     try:
