@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import category
 
-from data.files import UserError, naming, parse, read_jsonl, read_text
+from data.files import UserError, named, parse, read_jsonl, read_text
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 SPLITS = ("train", "validation", "test")
@@ -56,7 +56,7 @@ class Record:
 def _read_rows(path: Path) -> list[dict]:
     """The rows of an official benchmark file: one JSON list, or JSONL."""
     text = read_text(path)
-    return parse(text, str(path)) if text.lstrip().startswith("[") else [row for _, row in read_jsonl(path)]
+    return parse(text, str(path), list) if text.lstrip().startswith("[") else [row for _, row in read_jsonl(path)]
 
 
 def usable(answer: str) -> bool:
@@ -340,7 +340,7 @@ def load(data: str, split: str, limit: int | None = None) -> list[Record]:
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: use train, validation or test")
     name, _, location = data.partition(":")
-    with naming(data, "loaded"):
+    with named(data):
         if name in BENCHMARKS and (location or name == data):
             path = Path(location).expanduser() if location else None
             if path and not path.exists():
