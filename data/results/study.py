@@ -35,7 +35,7 @@ from statistics import fmean
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from data.files import append_jsonl, read_jsonl, read_log
+from data.files import append_jsonl, exit_code, read_jsonl, read_log
 
 RESULTS = ROOT / "data" / "results"
 WORK = Path("runs", "study")  # data sets and run folders
@@ -231,15 +231,30 @@ def gated(c: float) -> Iterator[None]:
         t.train_step, t.q_of = train_step, q_of
 
 
+def load_engine(config, model: str, records: list):
+    """A checkpoint on the CPU as a sampler, and the records with their prompts."""
+    import torch
+    import tsallis_rl as t
+    network, template = t.load_model(model, torch.device("cpu"))
+    examples = t.encode(records, config, template, network, training=False)
+    return t.HFRollouts(network, template, config), examples
+
+
+def answer(config, model: str, records: list) -> list:
+    """16 sampled answers to each record."""
+    import tsallis_rl as t
+    config = replace(config, eval_samples=16)
+    return t.sample_answers(*load_engine(config, model, records), config)
+
+
 def evaluate(command: str, model: str) -> dict:
     """p@1, p@16 and maj@16 of a checkpoint on (at most) 100 rows of the test split."""
-    import eval as evaluation
     import tsallis_rl as t
     from data import load
     from data.verifiers import summarize
-    config = replace(t.parse(command.split()), model=model, eval_samples=16)
+    config = t.parse(command.split())
     records = load(config.data, "test", 100)
-    return summarize(evaluation.answers_of(config, records), records)
+    return summarize(answer(config, model, records), records)
 
 
 def train(table: str, name: str, command: str, out: Path) -> int:
@@ -249,7 +264,7 @@ def train(table: str, name: str, command: str, out: Path) -> int:
     schedule = gated(8) if "gate-8," in name else contextlib.nullcontext()
     with open(os.devnull, "w") as null, schedule, contextlib.redirect_stdout(null), \
             contextlib.redirect_stderr(null):
-        return t.main([*command.split(), "--out", str(out)]) or 0
+        return exit_code(lambda: t.main([*command.split(), "--out", str(out)]))
 
 
 def run_one(job: tuple[str, str, str]) -> dict:
@@ -314,54 +329,52 @@ def grade(answers: list, records: list, dataset: str) -> dict[str, list[float]]:
 def evaluate_real(command: str, out: Path) -> dict:
     """The held-out rows with the best checkpoint, with rationales of one token, too; and log P
     with the model's own rationales and with others, before and after."""
-    import eval as evaluation
     import tsallis_rl as t
     from data import dataset_name
-    config = t.parse(command.split())
-    best, records, dataset = str(out / "best"), held_out(config), dataset_name(config.data)
-    lines = {}
+    config, best, lines = t.parse(command.split()), str(out / "best"), {}
+    records, dataset = held_out(config), dataset_name(config.data)
     for name, budget in (("rows", config.think_budget), ("rows, 1 token", 1)):
-        config = replace(config, model=best, eval_samples=16, think_budget=budget)
-        lines[name] = grade(evaluation.answers_of(config, records), records, dataset)
+        answers = answer(replace(config, think_budget=budget), best, records)
+        lines[name] = grade(answers, records, dataset)
     lines["test"] = {name: 100 * fmean(xs) for name, xs in lines["rows"].items()}
-    lines["log_P, start"] = swap_rationales(command, t.parse(command.split()).model)
-    lines["log_P, end"] = swap_rationales(command, best)
+    lines["log_P, start"] = swap_rationales(config, config.model)
+    lines["log_P, end"] = swap_rationales(config, best)
     return lines
 
 
-def swap_rationales(command: str, model: str) -> dict[str, float]:
+def swap_rationales(config, model: str) -> dict[str, float]:
     """Means over 16 held-out rows: log P of the gold answer after four rationales of the model's
     own, after an empty one, and after four of the next row's; the share of the model's own
     rationales that contain the gold answer, in percent."""
-    import torch
     import tsallis_rl as t
-    config = t.parse(command.split())
-    network, template = t.load_model(model, torch.device("cpu"))
-    examples = [e for e in t.encode(held_out(config), config, template) if e[1]][:16]
+    engine, examples = load_engine(config, model, held_out(config))
+    examples = [(record, prompt) for record, prompt in examples if prompt][:16]
     seeds = [t.seed_of(config.seed, "swap", i) for i in range(len(examples))]
-    prompts, engine = [prompt for _, prompt in examples], t.HFRollouts(network, template, config)
+    prompts = [prompt for _, prompt in examples]
     pools = t.generate(engine, prompts, seeds, 4, config.think_budget, 0)
+    own = [[rollout.z for rollout in pool] for pool in pools]
     rows = defaultdict(list)
-    for i, (record, prompt) in enumerate(examples):
-        others = pools[(i + 1) % len(pools)]
-        kinds = {"own": pools[i], "empty": [t.Rollout([], [], [])], "another's": others}
-        for name, rollouts in kinds.items():
-            log_w = log_weights(network, template, config, record, prompt, rollouts)
+    for i, example in enumerate(examples):
+        kinds = {"own": own[i], "empty": [[]], "another's": own[(i + 1) % len(own)]}
+        for name, rationales in kinds.items():
+            log_w = log_weights(engine, *example, rationales)
             rows[name].append((log_w.logsumexp(0) - math.log(len(log_w))).item())
-        texts = [template.text(rollout.z) for rollout in pools[i]]
-        rows["gold in z"].append(100 * fmean(record.answer.lower() in x.lower() for x in texts))
-    return {name: round(fmean(xs), 2) for name, xs in rows.items()}
+        gold, texts = example[0].answer.lower(), [engine.template.text(z).lower() for z in own[i]]
+        rows["gold in z"].append(100 * fmean(gold in text for text in texts))
+    return {name: round(fmean(values), 2) for name, values in rows.items()}
 
 
-def log_weights(network, template, config, record, prompt, rollouts):
-    """log p(y* | x*, z) for each of some rationales, (R,)."""
+def log_weights(engine, record, prompt: list[int], rationales: list):
+    """log p(y* | x*, z) for each rationale z, (R,)."""
     import torch
     import tsallis_rl as t
-    responses = [t.make_response(r.z, template.gold(record.answer), template) for r in rollouts]
+    gold = engine.template.gold(record.answer)
+    rollouts = [t.Rollout(z, [0.0] * len(z), False, []) for z in rationales]
+    responses = [t.make_response(z, gold, engine.template) for z in rationales]
     group = t.Group(record, prompt, rollouts, responses, None, 0)
     with torch.no_grad():
-        shared = t.SharedPrompt(network, prompt, config)
-        return t.score(shared, group, list(range(len(rollouts))))[1]
+        shared = t.SharedPrompt(engine.model, prompt, engine.config)
+        return t.score(shared, group, list(range(len(rollouts))), y_alone=True)[1].cpu()
 
 
 # --- 4. When a start is passed --------------------------------------------------------
@@ -398,11 +411,13 @@ def start_of(command: str):
     """The mean log P of the first step's prompts, and |gradient| of all weights, sorted."""
     import torch
     import tsallis_rl as t
-    shutil.rmtree(WORK / "predict", ignore_errors=True)
-    config = t.parse([*command.split(), "--out", str(WORK / "predict")])
-    run = t.start_run(config)
-    rows = [t.group_gradient(run.model, group, config) for group in t.sample_groups(run, 1)]
-    g = torch.cat([p.grad.abs().flatten() for p in run.model.parameters()])
+    from data import load
+    config = t.parse(command.split())
+    engine, examples = load_engine(config, config.model, load(config.data, "train", config.limit))
+    run = t.Run(config, WORK, engine.model, engine, None, examples, [])
+    groups = t.sample_groups(run, 1)
+    rows = [t.group_gradient(engine.model, group, config)[1] for group in groups]
+    g = torch.cat([p.grad.abs().flatten() for p in engine.model.parameters()])
     return fmean(row["log_P"] for row in rows), g.double().sort().values
 
 
@@ -468,9 +483,8 @@ def variance() -> None:
     rows = []
     for start in ("warm", "cold"):
         config = t.parse([*LAB.split(), "--start", start, "--batch-size", "1"])
-        model, template = t.load_model(config.model, torch.device("cpu"))
-        engine = t.HFRollouts(model, template, config)
-        examples = t.encode(load("ledger", "train", 2), config, template)
+        engine, examples = load_engine(config, config.model, load("ledger", "train", 2))
+        model, template = engine.model, engine.template
         for i, (record, prompt) in enumerate(examples):
             [pool] = t.generate(engine, [prompt], [t.seed_of("variance", i)], 2048, 24, 0)
             gold = template.gold(record.answer)
