@@ -124,6 +124,8 @@ def test_noisy_data(tmp_path, monkeypatch):
         rows = [vars(record) | {"answer": "[" + record.answer} for record in load("ledger", split)]
         study.write_rows(tmp_path / "bracket" / f"{split}.jsonl", rows)
     study.make_data()
+    rows = [{"answer": answer} for answer in ("1", "12", "3")]
+    assert study.with_wrong_golds(rows, 2) == 2 * [{"answer": "3"}]  # 12 contains 1
     clean = {record.id: record.answer for record in load("ledger", "train")}
     data = {name: load(str(tmp_path / name), "train") for name in ("noise0", "noise30")}
     assert [record.answer for record in data["noise0"]] == list(clean.values())[:100]
@@ -168,13 +170,14 @@ def test_grade():
 
 def test_log_weights():
     """log w after given rationales is the trainer's log w after the same ones."""
-    config = t.parse([*study.LAB.split(), "--M", "4", "--batch-size", "1", "--method", "garl"])
+    config = t.parse([*study.LAB.split(), "--M", "4", "--batch-size", "1", "--method", "garl",
+                      "--start", "cold"])
     engine, examples = study.load_engine(config, config.model, load("ledger", "train", 4))
     run = t.Run(config, None, engine.model, engine, None, examples, [])
     [group] = t.sample_groups(run, 1)
     log_w, _ = t.group_gradient(engine.model, group, config)
     ours = study.log_weights(engine, group.record, group.prompt, [r.z for r in group.rollouts])
-    assert torch.allclose(ours.double(), log_w, atol=1e-4)
+    assert torch.allclose(ours.double(), log_w, rtol=1e-5)
 
 
 def test_run_repeats(tmp_path, monkeypatch):
