@@ -25,7 +25,6 @@ Contents: 1 settings, 2 the loss, 3 the estimators, 4 several processes, 5 promp
 sequences, 6 rollouts, 7 the model, 8 the gradient of one prompt, 9 one step,
 10 validation and checkpoints, 11 the training loop. Sections 2 and 3 are the whole paper.
 It does not say which optimizer, learning rate, batch size, clipping or prompts it used.
-These are our choices (section 1, data/).
 
 Symbols: B prompts in a step, M rollouts of a prompt, K resampled ones; R rows in a batch,
 T tokens in a row, S tokens in a cache, V vocabulary, D hidden size, N scored tokens;
@@ -129,16 +128,16 @@ class Config:
         """Check every value, whether it came from the command line or from a file."""
         for name, kind in get_type_hints(Config).items():
             value, kinds = getattr(self, name), get_args(kind) or (kind,)
-            least = 2 if name == "M" else int(name not in ("steps", "warmup", "seed"))
-            least = 0 if float in kinds else least
+            least = 0 if float in kinds or name in ("steps", "warmup", "seed") else 1
             most = 1 if name in ("q", "q_end", "gpu_share") else 2**63
-            good = type(value) in kinds or (type(value) is int and float in kinds)
             if get_origin(kind) is Literal:
                 good = value in kinds
-            elif good and isinstance(value, (int, float)):
-                good, kind = least <= value <= most, f"from {least} to {most}"
-            if not good:
-                raise UserError(f"--{name.replace('_', '-')} must be {kind}, not {value!r}")
+            elif type(value) in (int, float):
+                good = (type(value) in kinds or float in kinds) and least <= value <= most
+            else:
+                good = type(value) in kinds
+            if not good or (name == "M" and value < 2):
+                raise UserError(f"--{name.replace('_', '-')} cannot be {value!r}")
 
 
 LAB_MODEL = str(Path(__file__).resolve().parent / "data" / "ledger" / "model")
@@ -169,11 +168,10 @@ def resolve(config: Config) -> Config:
         filled["dtype"] = "bfloat16" if torch.cuda.is_available() else "float32"
     config = replace(config, **filled)
     name, colon, path = config.data.rpartition(":")
-    if os.path.exists(absolute(path)) and config.data not in PRESETS:
-        config = replace(config, data=name + colon + absolute(path))
-    if os.path.exists(absolute(config.model)):
-        config = replace(config, model=absolute(config.model))
-    return replace(config, eval_every=max(1, min(config.eval_every, config.steps)))
+    local = os.path.exists(absolute(path)) and config.data not in PRESETS
+    return replace(config, data=name + colon + absolute(path) if local else config.data,
+                   model=absolute(config.model) if os.path.exists(absolute(config.model))
+                   else config.model, eval_every=max(1, min(config.eval_every, config.steps)))
 
 
 def make_parser() -> HfArgumentParser:
@@ -375,13 +373,13 @@ class Template:
         self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
         self.close = self.encode(CLOSE)  # ends a rationale
         self.separator = self.encode(SEPARATOR)
-        added = tokenizer.added_tokens_decoder
-        self.special = {i: str(token) for i, token in added.items() if token.special}
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = {str(token): i for i, token in added if token.special}
         if tokenizer.chat_template:
             turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "WORDS"}]
             text = tokenizer.apply_chat_template(turns, tokenize=False)
             after = self.encode(text.rpartition("WORDS")[2])
-            self.end = after[0] if after and after[0] in self.special else self.end
+            self.end = after[0] if after and after[0] in self.special.values() else self.end
         if self.end is None:
             raise ValueError("the tokenizer has no end token: p(y* | x*, z) needs one")
         self.ends = {self.end, tokenizer.eos_token_id, *ends} - {None}
@@ -448,10 +446,10 @@ def encode(records: list[Record], config: Config, template: Template, model,
     for record in records:
         text = record.warm_prompt if config.start == "warm" else record.cold_prompt
         prompt, gold = template.prompt(text), template.gold(record.answer)
-        control = [t for t in template.special.values() if t in text + record.answer]
+        control = [token for token in template.special if token in text + record.answer]
         if control or not text.strip() or max(prompt + gold) >= size:
-            raise UserError(f"record {record.id}: its {config.start}_prompt is empty, or has "
-                            f"control tokens {control}, or tokens that the model lacks")
+            raise UserError(f"record {record.id}: no {config.start}_prompt, control tokens "
+                            f"{control}, or tokens that the model lacks")
         answer = max(config.answer_budget, len(gold) * training)  # only training scores gold
         room = length - config.think_budget - len(template.forced([])) - answer
         fits = 2 <= len(prompt) <= min(config.prompt_limit, room)
@@ -485,8 +483,7 @@ def generate(engine, prompts: list[Ids], seeds: list[int], n: int, think_budget:
              answer_budget: int) -> list[list[Rollout]]:
     """n rollouts of each prompt: a rationale, the forced tokens, then an answer. GARL and
     PAFT need no sampled answer (answer_budget = 0)."""
-    template = engine.template
-    rows = [prompt for prompt in prompts for _ in range(n)]
+    template, rows = engine.template, [prompt for prompt in prompts for _ in range(n)]
     seeds = [seed + m for seed in seeds for m in range(n)]
     thoughts = engine.sample(rows, [[]] * len(rows), seeds, think_budget, template.stop())
     forced = [template.forced(z) for z, _ in thoughts]
@@ -519,8 +516,11 @@ class HFRollouts:
         # a token in a cache takes about a twentieth of the memory of a trained one
         R = max(1, 4 * self.config.token_budget // longest)
         if len(prompts) > R:
-            return (self.sample(prompts[:R], begun[:R], seeds[:R], budget, stop)
-                    + self.sample(prompts[R:], begun[R:], seeds[R:], budget, stop))
+            halves = slice(len(prompts) // 2), slice(len(prompts) // 2, None)
+            return [row for half in halves for row in self.sample(
+                prompts[half], begun[half], seeds[half], budget, stop)]
+        if not prompts:
+            return []
         uniform = [torch.rand(budget, dtype=torch.float64, generator=seeded(s)) for s in seeds]
         uniform = torch.stack(uniform).to(self.model.device)  # (R, T)
         samples, running = [([], []) for _ in seeds], [True] * len(seeds)
@@ -638,11 +638,9 @@ HARMLESS = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_pos
 
 def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
               scaling: float, **settings):
-    """Attention for transformers. (R, H, T, D), (R, G, S, D), (R, G, S, E) -> (R, T, H, E).
-
-    The T queries are the last of the S keys, H query heads share G heads of keys. Without a
-    mask it is causal. torch's flash attention takes no mask and no float32, which a norm of
-    the keys makes under autocast.
+    """Attention for transformers: (R, H, T, D), (R, G, S, D), (R, G, S, E) -> (R, T, H, E).
+    The T queries are the last of the S keys; without a mask it is causal. torch's flash
+    attention takes no mask and no float32, which a norm of the keys makes under autocast.
     """
     unknown = {name for name, value in settings.items() if value is not None} - HARMLESS
     if unknown:
@@ -848,7 +846,7 @@ def group_gradient(model, group: Group, config: Config) -> tuple[Tensor, dict]:
 
     All rollouts are scored first, without gradients, because the coefficients need the w
     of all of them. Then those with a coefficient that is not 0 run again, with gradients.
-    w comes from the trainer's model, never from the sampler. Returns log w and metrics.
+    w comes from the trainer's model, not from the sampler. Returns log w and metrics.
     """
     # Autocast keeps its copies of the weights until the outermost context ends. The prompt
     # makes them, with gradients, and all other passes use them again.
@@ -1127,9 +1125,9 @@ def start_run(config: Config, out: Path, device: torch.device) -> Run:
         restore(run, checkpoint)
     if rank() == 0:
         write_text(out / "config.json", json.dumps(about, indent=2))
-    end = template.tokenizer.decode(template.forced([]) + template.gold(training[0][0].answer))
-    say(f"run {out} on {device} with {type(engine).__name__}, settings in config.json\n"
-        f"prompt ... {template.tokenizer.decode(training[0][1])[-50:]!r}, then z, then {end!r}")
+    shown = training[0][1] + template.forced([]) + template.gold(training[0][0].answer)
+    say(f"run {out} on {device}, {type(engine).__name__}, settings in config.json\n"
+        f"a sequence without z: ... {template.tokenizer.decode(shown)[-60:]!r}")
     return run
 
 
