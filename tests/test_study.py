@@ -205,10 +205,12 @@ def test_tables_of_real_rows(table, capsys, monkeypatch):
     lines = []
     for name, _ in study.tables()[table]:
         metrics = {"val_maj@16": [0.0]} | (trained if name.startswith("garl") else {})
-        line = {"run": name, "metrics": metrics, "test": test, "seconds": 60.0, "peak_GB": 2.0}
+        line = {"run": name, "metrics": metrics, "test": test, "seconds": 60.0, "peak_GB": 2.0,
+                "rows": {"maj@16": [0, 1] if name.startswith("base") else [1, 1]}}
         lines.append(line | (first if name.endswith("seed=0") else {}))
     monkeypatch.setattr(study, "read", lambda name: lines)
     study.print_real(table)
     out = capsys.readouterr().out
-    assert "| -20.0 (-20.0 to -20.0) | -5.0 (-5.0 to -5.0) |" in out and "| - |" in out
+    assert "| +50.0 [+0.0, +100.0] | -20.0 (-20.0 to -20.0) | -5.0 (-5.0 to -5.0) |" in out
+    assert "| +0.0 [+0.0, +0.0] | - | - |" in out
     assert len([x for x in out.splitlines() if x.startswith("| base cold")]) == 2

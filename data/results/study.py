@@ -528,8 +528,8 @@ def print_head(*names: str) -> None:
 
 def spread(values: list[float], form: str = ".0f") -> str:
     """The mean and the range over the seeds."""
-    if not values:
-        return "-"
+    if len(values) < 2:
+        return f"{values[0]:{form}}" if values else "-"
     low, high = min(values), max(values)
     return f"{fmean(values):{form}} ({low:{form}} to {high:{form}})"
 
@@ -589,17 +589,34 @@ def print_learning(table: str) -> None:
                   spread(steps[-1]), *test)
 
 
+def gain(lines: list[dict], base: list[dict]) -> str:
+    """maj@16 over that of the base model, with a 95% interval from resampled rows. The seeds are
+    averaged row by row."""
+    from data.verifiers import bootstrap_interval
+    means = [[fmean(row) for row in zip(*(line["rows"]["maj@16"] for line in some))]
+             for some in (lines, base)]
+    differences = [100 * (ours - theirs) for ours, theirs in zip(*means)]
+    if not differences:
+        return "-"
+    low, high = bootstrap_interval(differences)
+    return f"{fmean(differences):+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
 def print_real(table: str) -> None:
     """A row per method and variant of a language model on real rows."""
     print(f"\n{table}: percent of held-out rows, best checkpoint; means and ranges of the seeds\n")
     names = ("p@1", "p@16", "maj@16", "exact maj@16", "em", "f1")
-    print_head("run", *names, "log P start", "log P end", "tokens", "minutes", "GB")
-    for name, lines in by_variant(table).items():
+    print_head("run", *names, "maj@16 over base", "log P start", "log P end", "tokens", "minutes",
+               "GB")
+    groups = by_variant(table)
+    for name, lines in groups.items():
+        start = name.split()[1].split(",")[0]
+        base = groups.get(f"base {start},lr=5e-5 q=0", [])
         tests = [spread([line["test"][key] for line in lines], ".1f") for key in names]
         metrics = [line["metrics"] for line in lines]
         log_P = [m["log_P"] for m in metrics if "log_P" in m]
         tokens = [m["rationale_tokens"][-1] for m in metrics if "rationale_tokens" in m]
-        print_row(name, *tests, spread([first(x) for x in log_P], ".1f"),
+        print_row(name, *tests, gain(lines, base), spread([first(x) for x in log_P], ".1f"),
                   spread([x[-1] for x in log_P], ".1f"), spread(tokens),
                   spread([line["seconds"] / 60 for line in lines]),
                   spread([line["peak_GB"] for line in lines], ".1f"))
@@ -607,7 +624,7 @@ def print_real(table: str) -> None:
     kinds = ("own", "empty", "another's", "gold in z")
     print_head("run", *(f"{kind}, start" for kind in kinds), *(f"{kind}, end" for kind in kinds),
                "maj@16, z of 1 token")
-    for name, lines in by_variant(table).items():
+    for name, lines in groups.items():
         for line in (line for line in lines if "rows, 1 token" in line):
             cells = [line[f"log_P, {at}"][kind] for at in ("start", "end") for kind in kinds]
             print_row(name, *cells, f"{100 * fmean(line['rows, 1 token']['maj@16']):.1f}")
@@ -660,7 +677,7 @@ def learning_figure(pyplot) -> None:
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.3), layout="constrained")
     for axis, (table, title, curves) in zip(axes, panels):
         groups, ends = by_variant(table), []
-        for name, label in curves.items():
+        for name, label in ((n, label) for n, label in curves.items() if n in groups):
             column = groups[name][0]["metrics"]["val_maj@16"]
             steps = [step for step, x in enumerate(column) if x is not None]
             at, color = validation(groups[name]), COLORS[label]
@@ -678,6 +695,24 @@ def learning_figure(pyplot) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(ylabel="correct by majority of 16 (%)")
     figure.savefig(RESULTS / "learning.png", dpi=110)
+
+
+def real_figure(pyplot) -> None:
+    """real.png: log P and above_eps over the steps of GARL on HotpotQA, cold, seed 0."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(8.5, 3.3), layout="constrained")
+    runs = {line["run"]: line["metrics"] for line in read("hotpotqa")}
+    for q, color in zip(("0", "0.25", "0.5", "0.75", "1"), ("C0", "C9", "C2", "C3", "C4")):
+        metrics = runs.get(f"garl cold,lr=5e-5 q={q} seed=0", {})
+        for axis, name in zip(axes, ("log_P", "above_eps")):
+            points = [(i, x) for i, x in enumerate(metrics.get(name, ())) if x is not None]
+            if points:
+                axis.plot(*zip(*points), color=color, label=f"q = {q}")
+            axis.set(xlabel="step")
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(title="mean log P of the step's prompts")
+    axes[1].set(title="share of weights with a gradient above eps", ylim=(0, 1))
+    axes[0].legend(frameon=False)
+    figure.savefig(RESULTS / "real.png", dpi=100)
 
 
 def gate_figure(pyplot) -> None:
@@ -753,6 +788,8 @@ def figures() -> None:
     family_figure(pyplot)
     gate_figure(pyplot)
     learning_figure(pyplot)
+    if read("hotpotqa"):
+        real_figure(pyplot)
 
 
 # --- 8. The earlier runs on real language ---------------------------------------------
