@@ -47,7 +47,7 @@ class Trace(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.live = self.peak = 0
-        self.sizes, self.kernels, self.logits = {}, Counter(), set()
+        self.sizes, self.kernels, self.logits, self.casts = {}, Counter(), set(), Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -71,6 +71,8 @@ class Trace(TorchDispatchMode):
         self.peak = max(self.peak, self.live + inside(func, args))
         if func is aten._scaled_dot_product_flash_attention.default:
             self.note("flash", *args[:2])
+        if func is aten._to_copy.default and isinstance(args[0], torch.nn.Parameter):
+            self.casts[len(args[0]), id(args[0])] += 1
         if func.overloadpacket is aten.mm and out.shape[-1] == VOCABULARY:
             self.logits.add((args[0].dtype, args[1].dtype, out.dtype))
         return out
@@ -171,8 +173,8 @@ def differentiate(trace, prompt, lengths, config):
 
 @pytest.mark.parametrize("prompt, lengths, batches", CASES)
 def test_kernels_and_memory_on_a_gpu(prompt, lengths, batches, monkeypatch):
-    """Flash attention in every layer of every pass, whole logits of bfloat16 factors, and the
-    README's rule for memory."""
+    """Flash attention in every layer of every pass, float32 logits of bfloat16 factors, one
+    bfloat16 copy of each weight but the output layer's, and the README's rule for memory."""
     config = resolve(Config(method="garl", data="finqa", dtype="bfloat16", M=len(lengths)))
     trace = as_on_cuda(monkeypatch)
     parameters = differentiate(trace, prompt, lengths, config)
@@ -187,4 +189,5 @@ def test_kernels_and_memory_on_a_gpu(prompt, lengths, batches, monkeypatch):
     passes += [("prompt", 1, prompt - 1)]
     assert trace.kernels == {(*at, "flash"): LAYERS for at in passes}
     assert trace.logits == {(torch.bfloat16, torch.bfloat16, torch.float32)}
+    assert {n for (rows, _), n in trace.casts.items() if rows != VOCABULARY} == {1}
     assert abs(peak - rule) < 0.1 * rule
