@@ -1154,11 +1154,12 @@ def run_folder(config: Config) -> Path:
 
 
 def console_line(row: dict) -> str:
-    """What a step prints."""
+    """What a step prints; a validation has a line of its own."""
     forms = {"loss": ".4f", "log_P": ".3f", "ess": ".2f", "reward": ".3f", "grad_norm": ".1e"}
-    forms |= {name: ".1f" for name in row if name.startswith("val_")}
-    cells = [f"{k} {row[k]:{form}}" for k, form in forms.items() if row.get(k) is not None]
-    return " | ".join([f"step {row['step']:3d}", *cells])
+    step = [f"{k} {row[k]:{form}}" for k, form in forms.items() if row.get(k) is not None]
+    validation = [f"{k} {v:.1f}" for k, v in row.items() if k.startswith("val_")]
+    parts = [" | ".join(part) for part in (step, validation) if part]
+    return f"step {row['step']:3d} | " + "\n         | ".join(parts)
 
 
 def main(argv: list[str] | None = None) -> None:
