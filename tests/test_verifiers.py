@@ -106,6 +106,7 @@ RIGHT = {
     "-14.5%": ["(14.5%)", "(14.5)%", "\u2212 14.5%"],
     "14%": ["0.14464", "0.14 (14%)", "1.4464e-1"], "7%": ["7% of shops in May 2011", "0.0724"],
     "7 million": [r"\boxed{7} million", "**7** million", r"$7$ million"], "0.07": ["7.24%"],
+    "786": ["786, or 3/4 of sales"],
     "1234": [r"\boxed{1{,}234}", "$1,234.0", "1 234", r"1\,234"], "$1234567": ["1,234,567"],
     "0.8": ["4/5", "4:5", "The ratio is 4:5."], "3": ["3:1"], "-3": ["-2.6"], "1": ["100%"],
     "0.14": ["14%"], "0.5%": [".5%"], "12.4": ["12.39", "12.35"], "12.3": ["12.35"],
@@ -123,11 +124,11 @@ RIGHT = {
 WRONG = {
     "14.5%": ["1.45%", "145%", "0.0145", "1450", "-14.5%", "14%", "14.56%", "14.5 to 15%",
     "14.5-15%"],
-    "12.1%": ["14.5%, up from 12.1%", "from 12.1% to 14.5%"], "14%": ["", "nan", "12% (not 14%)"],
+    "12.1%": ["14.5%, up from 12.1%", "from 12.1% to 14.5%"], "14%": ["", "nan", "12% (not 14%)", "12%, not 14%"],
     "1": ["73%", "3:1", "0.6%", "inf", "1e999", "1/42", "1 000 000", "1e9042"], "0": ["14%",
     "1.000.000"],
     "2019": ["14.5% (2019)"], "-7": ["rose (see page 7)"], "786": ["$(786)", "net loss of (786)"],
-    "40%": ["**0.4**%"], "7 million": ["**7** billion"], "7 billion": [r"\boxed{7} million"],
+    "40%": ["**0.4**%"], "7 million": ["**7** billion", "$7$ billion"], "7 billion": [r"\boxed{7} million"],
     "5": [r"-\boxed{5}", "4:5"], "5.2": ["5.3"], "1%": ["1.16"], "14": ["13.9%"],
     "104%": ["$104 million"],
     "123": ["1234"], "1234": ["123", "12,34"], "20": ["2"], "11": ["12.5"], "12.3": ["12.3501"],
@@ -211,11 +212,9 @@ def test_verdicts_of_each_dataset():
 
 
 # --- Untrusted text -------------------------------------------------------------------------------
-ALPHABET = [*"0123456789.,-%$() eE+\\/:*{}[]\u2212\u0663\u00b2\uff11\ud800\x00\n\t\u00bd",
-            *"\u221e\u0301aby",
+ALPHABET = [*"0123456789.,-%$() eE+\\/:*{}[]\u2212\u0663\u00b2\uff11\ud800\x00\n\t\u00bd\u0301ab",
             "nan", "inf", "1e999", "-inf", "million", "percent", "0x10", "yes", "no", "the",
-            r"\boxed{",
-            "</think>", r"\frac{", "from ", " to ", "1/0", "0.0", "answer is ", "__import__('os')"]
+            "\\boxed{", "</think>", r"\frac{", "from ", " to ", "1/0", "0.0", "answer is ", "__import__('os')"]
 
 
 def test_no_string_raises():
@@ -310,6 +309,6 @@ def test_bootstrap():
     low, high = ver.bootstrap_interval(values, resamples=5000)
     assert (low, high) == ver.bootstrap_interval(values, resamples=5000)
     spread = 1.96 * (0.3 * 0.7 / 200) ** 0.5
-    assert (low, high) == pytest.approx((0.3 - spread, 0.3 + spread), abs=0.005),
-        "a 90% one is 0.01 off"
+    binomial = (0.3 - spread, 0.3 + spread)
+    assert (low, high) == pytest.approx(binomial, abs=0.005), "a 90% one is 0.01 off"
     assert ver.bootstrap_interval([1.0] * 5) == (1, 1)
