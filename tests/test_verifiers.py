@@ -94,6 +94,7 @@ RIGHT = {
         "14.5%\n\nSales were 786 in 2009 and 686 in 2008.",
         "14.5%. Sales were 786 and costs were 686.",
         "Answer: 14.5%\nExplanation: 786 / 686 - 1", "14.5%, since sales were 786", "\u2248 14.5 %",
+        "### Answer\n14.5%",
         "((786 - 686) / 686) \u00d7 100 \u2248 14.5%", r"\frac{100}{690} = 14.5\%",
         "14.5 percentage points",
         "<think>It is 3.</think>14.5%", "It gives an answer of 14.5%, if the answer is asked for."],
@@ -124,11 +125,13 @@ RIGHT = {
 WRONG = {
     "14.5%": ["1.45%", "145%", "0.0145", "1450", "-14.5%", "14%", "14.56%", "14.5 to 15%",
     "14.5-15%"],
-    "12.1%": ["14.5%, up from 12.1%", "from 12.1% to 14.5%"], "14%": ["", "nan", "12% (not 14%)", "12%, not 14%"],
+    "12.1%": ["14.5%, up from 12.1%", "from 12.1% to 14.5%"],
+    "14%": ["", "nan", "12% (not 14%)", "12%, not 14%"],
     "1": ["73%", "3:1", "0.6%", "inf", "1e999", "1/42", "1 000 000", "1e9042"], "0": ["14%",
     "1.000.000"],
     "2019": ["14.5% (2019)"], "-7": ["rose (see page 7)"], "786": ["$(786)", "net loss of (786)"],
-    "40%": ["**0.4**%"], "7 million": ["**7** billion", "$7$ billion"], "7 billion": [r"\boxed{7} million"],
+    "40%": ["**0.4**%"], "7 million": ["**7** billion", "$7$ billion"],
+    "7 billion": [r"\boxed{7} million"],
     "5": [r"-\boxed{5}", "4:5"], "5.2": ["5.3"], "1%": ["1.16"], "14": ["13.9%"],
     "104%": ["$104 million"],
     "123": ["1234"], "1234": ["123", "12,34"], "20": ["2"], "11": ["12.5"], "12.3": ["12.3501"],
@@ -214,7 +217,8 @@ def test_verdicts_of_each_dataset():
 # --- Untrusted text -------------------------------------------------------------------------------
 ALPHABET = [*"0123456789.,-%$() eE+\\/:*{}[]\u2212\u0663\u00b2\uff11\ud800\x00\n\t\u00bd\u0301ab",
             "nan", "inf", "1e999", "-inf", "million", "percent", "0x10", "yes", "no", "the",
-            "\\boxed{", "</think>", r"\frac{", "from ", " to ", "1/0", "0.0", "answer is ", "__import__('os')"]
+            "\\boxed{", "</think>", r"\frac{", "from ", " to ", "1/0", "0.0", "answer is ",
+            "__import__('os')"]
 
 
 def test_no_string_raises():
