@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 
 # what the evaluation of a checkpoint takes over from its run, unless it is given
 FROM_RUN = ("data", "start", "prompt_limit", "think_budget", "answer_budget", "rollout",
-            "eval_samples", "dtype", "seed")
+            "token_budget", "eval_samples", "dtype", "seed")
 RULES = """p@1 mean over samples, p@n any of them, maj@n majority vote. Right by rule:
   (none)  the gold answer is in the output, or an alias as whole words
   paper   the gold answer is in the output
@@ -35,12 +35,12 @@ RULES = """p@1 mean over samples, p@n any of them, maj@n majority vote. Right by
 # --- Settings -------------------------------------------------------------------------
 def make_parser() -> HfArgumentParser:
     """Some of the trainer's settings, and those of the evaluation."""
-    names = (*FROM_RUN, "model", "limit", "gpu_share", "token_budget")
+    names = (*FROM_RUN, "model", "limit", "gpu_share")
     some = [(f.name, f.type, f) for f in fields(Config) if f.name in names]
     parser = HfArgumentParser(make_dataclass("Settings", some), usage=argparse.SUPPRESS,
                               allow_abbrev=False)
     parser.add_argument("--split", choices=SPLITS, default="test", help="part of the data")
-    parser.add_argument("--out", help="JSONL of all answers, or PNG of --plot")
+    parser.add_argument("--out", help="JSONL of all answers, or the figure")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw these runs instead")
     return parser
 
@@ -107,8 +107,8 @@ def evaluate(given: argparse.Namespace) -> None:
     name = "-".join([*Path(config.model).parts[-2:], dataset_name(config.data), given.split,
                      config.start])
     out = Path(absolute(given.out or f"eval-{name}.jsonl"))
-    if out.exists():  # now, rather than after the sampling
-        raise UserError(f"{out} exists: give another --out")
+    if out.exists() or not os.access(out.parent, os.W_OK):  # said before the sampling
+        raise UserError(f"{out} exists, or cannot be written: give another --out")
     records = load(config.data, given.split, config.limit)
     answers = answers_to(config, records)
     graded = [grade(dataset_name(config.data), *pair) for pair in zip(records, answers)]
@@ -153,7 +153,7 @@ def plot(runs: list[str], out: str) -> None:
     """Learning curves, and the quantities of Figure 3: one line for each run."""
     logs = [read_log(Path(absolute(run)) / "metrics.jsonl") for run in runs]
     for run, rows in zip(runs, logs):
-        if not rows:
+        if not rows or "step" not in rows[0]:
             raise UserError(f"--plot {run}: no metrics.jsonl with a step is there")
     import matplotlib
     matplotlib.use("Agg")
@@ -167,8 +167,8 @@ def plot(runs: list[str], out: str) -> None:
             axis.set(xlabel="step", ylabel=title)
     axes[0, 0].set(ylim=(0, 100))
     axes[0, 0].legend()
-    with named(out):
-        figure.savefig(absolute(out), dpi=150, format="png")
+    with named(out):  # its suffix names the format; matplotlib refuses what is none
+        figure.savefig(absolute(out), dpi=150)
     print(f"wrote {out}")
 
 
@@ -182,4 +182,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    code = exit_code(main)
+    if code == 0 and tsallis_rl.world() > 1:
+        tsallis_rl.dist.destroy_process_group()
+    sys.exit(code)
