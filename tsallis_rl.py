@@ -982,8 +982,9 @@ def train_step(run: Run, step: int) -> dict:
             "answer": template.text(group.rollouts[m].y)} for m in (0, 1)])
     # AdamW divides a gradient by its own size + eps, so weights with less hardly move
     above = [(p.grad.abs() > config.eps).sum().item() for p in run.model.parameters()]
+    adamw = config.optimizer == "adamw" and math.isfinite(norm)
     return row | {"q": config.q, "lr": lr, "grad_norm": norm,
-                  "above_eps": sum(above) / run.model.num_parameters(),
+                  "above_eps": sum(above) / run.model.num_parameters() if adamw else None,
                   "seconds_rollout": sampled - start,
                   "seconds_train": time.perf_counter() - sampled}
 
