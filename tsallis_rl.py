@@ -174,14 +174,10 @@ def resolve(config: Config) -> Config:
                    else config.model, eval_every=max(1, min(config.eval_every, config.steps)))
 
 
-def make_parser() -> HfArgumentParser:
-    """An option for each setting. Without a usage, argparse's errors are one line."""
-    return HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False)
-
-
 def parse(argv: list[str] | None = None) -> Config:
     """The settings from the command line. --resume takes those of the run as defaults."""
-    parser = make_parser()
+    # without a usage, errors are one line, with exit code 2
+    parser = HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False)
     given = parser.parse_args(argv)
     if given.resume:
         out = absolute(given.resume)
@@ -561,8 +557,7 @@ class HFRollouts:
 
 def pad(rows: list[Ids], device: torch.device, side: str = "right") -> Tensor:
     """Lists of R lengths -> (R, T), with zeros."""
-    tensors = [torch.tensor(row) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_side=side).to(device)
+    return pad_sequence([torch.tensor(row) for row in rows], True, padding_side=side).to(device)
 
 
 def next_logits(model, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
@@ -573,12 +568,11 @@ def next_logits(model, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens at which the cumulative distribution passes `uniform`, and their log p:
-    (R, V), (R,) -> (R,), (R,)."""
+    """Tokens and their log p: (R, V), (R,) -> (R,), (R,)."""
     log_p = logits.log_softmax(-1)
     cdf = log_p.double().exp().cumsum(-1)
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)  # (R, 1)
-    token = token.clamp(max=logits.shape[-1] - 1)
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
+    token = token.clamp(max=logits.shape[-1] - 1)  # (R, 1)
     return token[:, 0], log_p.gather(1, token)[:, 0]
 
 
@@ -628,8 +622,8 @@ class VLLMRollouts:
 # --- 7. The model: attention, caches, log-probabilities of tokens ---------------------
 def autocast(model, config: Config) -> torch.autocast:
     """bfloat16 arithmetic on float32 weights, if it is asked for."""
-    return torch.autocast(model.device.type, torch.bfloat16,
-                          enabled=config.dtype == "bfloat16")
+    enabled = config.dtype == "bfloat16"
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 
 HARMLESS = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_position",
@@ -705,9 +699,10 @@ def output_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden weight^T)[target] in chunks: all N x V logits would not fit into
-    memory. The backward pass computes them again. It is written by hand, because
-    torch.mm(out_dtype=) has no derivative."""
+    """log softmax(hidden weight^T)[target] in nats. The output layer must be a plain matrix;
+    `check_sampler` notices if it is not. The logits are computed in chunks, because all N x V
+    would not fit into memory. The backward pass computes them again; it is written by hand,
+    because torch.mm(out_dtype=) has no derivative."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -736,10 +731,7 @@ class TokenLogProbs(torch.autograd.Function):
         return torch.cat(d_hidden), d_weight, None
 
 
-def token_log_probs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """log p(target) in nats: (N, D), (V, D), (N,) -> (N,). The output layer must be a plain
-    matrix; `check_sampler` notices if it is not."""
-    return TokenLogProbs.apply(hidden, weight, target)
+token_log_probs = TokenLogProbs.apply
 
 
 # --- 8. The gradient of one prompt ----------------------------------------------------
@@ -787,7 +779,7 @@ class SharedPrompt:
 
     def copy_tokens(self) -> int:
         """The size of one row's copy of the keys and values, in trained tokens. Such a token
-        keeps about the inputs and outputs of all matrices, 4 bytes a number."""
+        keeps about the inputs and outputs of all matrices, 4 bytes each."""
         shapes = [p.shape for p in self.model.base_model.parameters() if p.dim() == 2]
         kept = 4 * (sum(map(sum, shapes)) - sum(self.model.get_input_embeddings().weight.shape))
         size = 2 if self.config.dtype == "bfloat16" else 4
