@@ -723,8 +723,8 @@ class TokenLogProbs(torch.autograd.Function):
         n, W = max(1, CHUNK[hidden.device.type] // len(weight)), weight.to(hidden.dtype)
         d_hidden, d_weight = [], torch.zeros_like(weight)
         for h, t, log_z, g in zip(*(x.split(n) for x in (hidden, target, log_Z, grad))):
-            softmax = output_logits(h, W).sub_(log_z[:, None]).exp_()  # in place: (n, V)
-            d_logits = softmax.mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])
+            d_logits = output_logits(h, W).sub_(log_z[:, None]).exp_()  # the softmax, (n, V)
+            d_logits.mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])
             d_logits = d_logits.to(h.dtype)
             d_hidden.append(d_logits @ W)
             d_weight += d_logits.T @ h
