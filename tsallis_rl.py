@@ -443,7 +443,7 @@ def encode(records: list[Record], config: Config, template: Template, model,
         text = record.warm_prompt if config.start == "warm" else record.cold_prompt
         prompt, gold = template.prompt(text), template.gold(record.answer)
         control = [token for token in template.special if token in text + record.answer]
-        if control or not text.strip() or max(prompt + gold) >= size:
+        if control or not text.strip() or max(prompt + template.forced([]) + gold) >= size:
             raise UserError(f"record {record.id}: no {config.start}_prompt, control tokens "
                             f"{control}, or tokens that the model lacks")
         answer = max(config.answer_budget, len(gold) * training)  # only training scores gold
@@ -1065,13 +1065,13 @@ def load_model(path: str, device: torch.device):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="lower_right",
-            output_loading_info=True)
+            path, dtype=torch.float32, output_loading_info=True)
         ends = model.generation_config.eos_token_id or []
         template = Template(tokenizer, ends if isinstance(ends, list) else [ends])
         layers = DynamicCache(config=model.config).layers
         if not model._supports_attention_backend or None in (x.is_sliding for x in layers):
             raise ValueError("transformers cannot replace its attention, or it has none")
+        model.set_attn_implementation("lower_right")
         if report["missing_keys"] or not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError(f"weights are not finite, or missing: {report['missing_keys']}")
     except Exception as error:  # each library has its own errors
