@@ -1,31 +1,44 @@
-"""Small real models: the shipped lab model, and random ones of other shapes. No test needs a GPU or the Hub.
+"""Small real models and helpers. No test needs a GPU or the Hub.
 
-A GPU is hidden, so that the suite does the same on every machine; `pytest -m gpu` shows it and runs the tests for it alone.
+A GPU is hidden, so that the tests do the same on every machine. `pytest -m gpu` shows it
+and runs only the tests for it.
 """
+import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=512, initializer_range=0.2)
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads only wait
+
+import torch
+import tsallis_rl  # before transformers: it hides what breaks transformers
+from safetensors.torch import load_file
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config,
+                          Qwen3ForCausalLM)
+
+SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2)
+SMALL = ["--rollout", "hf", "--M", "4", "--batch-size", "2", "--limit", "24",
+         "--eval-every", "2", "--eval-samples", "4"]  # of the lab model
+CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def pytest_configure(config):
-    """Before any test module imports torch."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device; run by `pytest -m gpu` alone")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would wait for one another
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config, items):
-    """A gpu test is skipped unless it is asked for."""
     for item in items:
         if "gpu" in item.keywords and config.option.markexpr != "gpu":
             item.add_marker(pytest.mark.skip(reason="for a GPU: pytest -m gpu"))
@@ -33,34 +46,85 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """`main` in this process sets handlers for its run; outside of one each signal is a KeyboardInterrupt."""
-    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for name in names:
+    """Outside of a run each signal is a KeyboardInterrupt."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.default_int_handler)
-    yield
-    for name in names:
-        signal.signal(name, signal.default_int_handler)
+
+
+# --- Programs and what they write -----------------------------------------------------
+def program(argv) -> int:
+    """Train in this process. Returns the exit code."""
+    return tsallis_rl.exit_code(lambda: tsallis_rl.main(argv))
+
+
+def launch(*argv, processes=2, script=tsallis_rl.__file__) -> subprocess.CompletedProcess:
+    """A script under torchrun, with one thread for each process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={processes}", script, *argv]
+    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
+                          capture_output=True, text=True)
+
+
+def rows(run, name="metrics.jsonl") -> list[dict]:
+    """The rows of a log, without wall-clock times."""
+    lines = [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in lines]
+
+
+def weights(run, name="last") -> dict:
+    """The parameters in a checkpoint."""
+    return load_file(Path(run) / name / "model.safetensors")
+
+
+def difference(one, two) -> float:
+    """The largest difference between the parameters of two runs."""
+    a, b = weights(one), weights(two)
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+def same(one, two) -> bool:
+    """Whether two runs are one: logs and checkpoints, bit for bit."""
+    pairs = [(weights(one, name), weights(two, name)) for name in ("last", "best")]
+    return (all(rows(one, name) == rows(two, name) for name in ("metrics.jsonl", "samples.jsonl"))
+            and all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+                    for a, b in pairs))
+
+
+# --- Models and templates ---------------------------------------------------------------
+def plain_log_probs(model, prompt, ids):
+    """log p of each token of a response: one forward pass, all logits, no cache. (T,)."""
+    log_p = model(torch.tensor([prompt + ids])).logits[0].float().log_softmax(-1)
+    return log_p[len(prompt) - 1:-1].gather(-1, torch.tensor(ids)[:, None])[:, 0]
+
+
+def plain_template():
+    """A byte-level tokenizer that merges over borders and has no </think> token."""
+    bpe = ByteLevelBPETokenizer()
+    text = ["I think so.\n\n42 is 12% of 350.</think>\n\n12%", "the answer is 3\n\n38",
+            "</think> so think .\n\n yes </b> no"] * 50
+    bpe.train_from_iterator(text, vocab_size=400, min_frequency=1,
+                            special_tokens=["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>",
+                                        pad_token="<|im_end|>", chat_template=CHAT)
+    return tsallis_rl.Template(tokenizer)
 
 
 @pytest.fixture(scope="session")
 def lab():
-    """(model, format) of the lab model."""
-    import torch
-
-    from tsallis_rl import LAB_MODEL, load_model
-    return load_model(LAB_MODEL, torch.device("cpu"))
+    """(model, template) of the lab model."""
+    return tsallis_rl.load_model(tsallis_rl.LAB_MODEL, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory, lab):
-    """A folder with a model of 100 kB: a random one, over the lab model's tokens."""
-    import torch
-
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    """A folder with a random model of 100 kB, over the lab model's tokens."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    shape = SHAPE | dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5)
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(lab[1].tokenizer), head_dim=16, **shape)).save_pretrained(folder)
+    shape = SHAPE | dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2, initializer_range=0.5)
+    vocabulary = len(lab[1].tokenizer)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, head_dim=16, **shape))
+    model.save_pretrained(folder)
     lab[1].tokenizer.save_pretrained(folder)
     return folder
 
@@ -68,32 +132,27 @@ def tiny(tmp_path_factory, lab):
 @pytest.fixture(scope="session")
 def small(tiny):
     """A command line for it that takes a second, without --steps and --out."""
-    return ["--rollout", "hf", "--model", str(tiny), "--M", "2", "--batch-size", "2", "--limit", "4", "--eval-samples", "2",
-            "--think-budget", "4", "--answer-budget", "2", "--eval-every", "1", "--lr", "1e-3"]
+    return ["--rollout", "hf", "--model", str(tiny), "--M", "2", "--batch-size", "2",
+            "--limit", "4", "--eval-samples", "2", "--think-budget", "4",
+            "--answer-budget", "2", "--eval-every", "1", "--lr", "1e-3"]
 
 
 @pytest.fixture(params=["qwen3", "llama"])
 def random_model(request, lab):
-    """A random model over the lab model's vocabulary; wide initialisation, so that log-probabilities differ, and larger
-    weights for the tokens that end a rationale, so that some do."""
-    import torch
-
-    from data.models import ATTENTION  # before transformers: see its guard
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    """A random model over the lab model's tokens. Its log-probabilities differ widely, and
+    some of its rationales end."""
     torch.manual_seed(0)
-    vocabulary, fmt = lab[0].config.vocab_size, lab[1]
+    shape = SHAPE | dict(vocab_size=lab[0].config.vocab_size, attn_implementation="lower_right")
     if request.param == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, head_dim=32, tie_word_embeddings=True, **SHAPE))
+        model = Qwen3ForCausalLM(Qwen3Config(head_dim=32, tie_word_embeddings=True, **shape))
     else:
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=False, **SHAPE))
+        model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **shape))
     with torch.no_grad():
-        model.get_output_embeddings().weight[[fmt.close[0], fmt.end]] *= 3
-    model.set_attn_implementation(ATTENTION)  # as load_model does
+        model.get_output_embeddings().weight[[lab[1].close[0], lab[1].end]] *= 3
     return model.eval()
 
 
 @pytest.fixture
 def config():
-    """Resolved settings with overrides: config(q=0.5, method="garl")."""
-    from tsallis_rl import Config, resolve
-    return lambda **changes: resolve(Config(**changes))
+    """Resolved settings with changes: config(q=0.5, method="garl")."""
+    return lambda **changes: tsallis_rl.resolve(tsallis_rl.Config(**changes))
