@@ -982,8 +982,9 @@ def train_step(run: Run, step: int) -> dict:
             "answer": template.text(group.rollouts[m].y)} for m in (0, 1)])
     # AdamW divides a gradient by its own size + eps, so weights with less hardly move
     above = [(p.grad.abs() > config.eps).sum().item() for p in run.model.parameters()]
+    adamw = config.optimizer == "adamw" and math.isfinite(norm)
     return row | {"q": config.q, "lr": lr, "grad_norm": norm,
-                  "above_eps": sum(above) / run.model.num_parameters(),
+                  "above_eps": sum(above) / run.model.num_parameters() if adamw else None,
                   "seconds_rollout": sampled - start,
                   "seconds_train": time.perf_counter() - sampled}
 
@@ -1154,11 +1155,12 @@ def run_folder(config: Config) -> Path:
 
 
 def console_line(row: dict) -> str:
-    """What a step prints."""
+    """What a step prints; a validation has a line of its own."""
     forms = {"loss": ".4f", "log_P": ".3f", "ess": ".2f", "reward": ".3f", "grad_norm": ".1e"}
-    forms |= {name: ".1f" for name in row if name.startswith("val_")}
-    cells = [f"{k} {row[k]:{form}}" for k, form in forms.items() if row.get(k) is not None]
-    return " | ".join([f"step {row['step']:3d}", *cells])
+    step = [f"{k} {row[k]:{form}}" for k, form in forms.items() if row.get(k) is not None]
+    validation = [f"{k} {v:.1f}" for k, v in row.items() if k.startswith("val_")]
+    parts = [" | ".join(part) for part in (step, validation) if part]
+    return f"step {row['step']:3d} | " + "\n         | ".join(parts)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,6 +21,7 @@ import torch
 import tsallis_rl  # before transformers: it hides what breaks transformers
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
+from data import Record
 from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config,
                           Qwen3ForCausalLM)
 
@@ -156,3 +157,30 @@ def random_model(request, lab):
 def config():
     """Resolved settings with changes: config(q=0.5, method="garl")."""
     return lambda **changes: tsallis_rl.resolve(tsallis_rl.Config(**changes))
+
+
+def group_of(template, prompt, rollouts, method="garl", gold="27"):
+    """A prompt's group as `sample_groups` makes it; for GRPO every third one is right."""
+    reward = torch.zeros(len(rollouts)).double()
+    if method == "grpo":
+        reward[::3] = 1
+    else:
+        rollouts = [r._replace(y=template.gold(gold)) for r in rollouts]
+    return tsallis_rl.Group(Record("0", "", "", gold), prompt, rollouts, reward, seed=5)
+
+
+def plain_gradient(model, group, config):
+    """(log w, gradients) of 1/B of a prompt's surrogate loss, from plain log-probabilities."""
+    log_p = [plain_log_probs(model, group.prompt, r.ids) for r in group.rollouts]
+    log_pz = torch.stack([x[:len(r.z)].sum() for x, r in zip(log_p, group.rollouts)])
+    log_py = torch.stack([x[-len(r.y):].sum() for x, r in zip(log_p, group.rollouts)])
+    a, b = tsallis_rl.coefficients(log_py.detach(), group, config)
+    loss = -sum(a * log_pz + b * log_py) / config.batch_size
+    grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return log_py.detach(), [torch.zeros(()) if g is None else g for g in grads]
+
+
+def error(model, grads) -> float:
+    """The distance of .grad from these gradients, relative to their length."""
+    apart = sum((p.grad - g).square().sum() for p, g in zip(model.parameters(), grads))
+    return (apart / sum(g.square().sum() for g in grads)).sqrt().item()

@@ -1,130 +1,216 @@
-"""The study's commands, logs and figures, and what the README says of them."""
-import json
+"""The study: its commands, logs, tables and figures, and what data/results/README.md says."""
 import math
+import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 
-import tsallis_rl
-from data import load, study
+import tsallis_rl as t
+from data import Record, load
+from data.ledger import make
+from data.results import study
 
-ROOT = Path(study.__file__).resolve().parent.parent
-README = " ".join((ROOT / "README.md").read_text().split())
-LOGS = sorted((ROOT / "data" / "results").glob("*.jsonl"))
+README = (study.RESULTS / "README.md").read_text()
+LOGS = sorted(study.RESULTS.glob("*.jsonl"))
 START = {"log_P0": -40.0, "sum": 2000.0, "squares": 64.0, "g": [1e-4, 1e-2, 1e-1] + [1e-2] * 97}
 
 
-@pytest.mark.parametrize("path", LOGS, ids=[path.stem for path in LOGS])
-def test_every_run_of_a_log_is_one_of_the_study_and_ended_well(path):
-    table = path.stem
-    known = dict(study.real("SMOLLM2") if table == "real" else study.tables()[table])
+@pytest.mark.parametrize("table", [path.stem for path in LOGS])
+def test_log(table):
+    """Every logged run ended well, and its command is the study's and has its settings."""
+    known = dict(study.tables()[table])
     for line in study.read(table):
         words = shlex.split(line["command"])
-        if "gate-8," in line["run"]:  # no setting of the trainer's
-            assert words == ["python", "data/study.py", table, "--only", line["run"]]
-            words = ["OMP_NUM_THREADS=1", "python", "tsallis_rl.py", *known[line["run"]].split()]
-        assert words[:3] == ["OMP_NUM_THREADS=1", "python", "tsallis_rl.py"] and line["exit"] == 0
-        config = tsallis_rl.parse(words[3:])
-        assert config == tsallis_rl.parse(known[line["run"]].split())
-        assert f"seed={config.seed}" in line["run"] and config.method in line["run"] and f"q={config.q:g}" in line["run"]
+        if "gate-8," in line["run"]:
+            assert words == ["python", "data/results/study.py", table, "--only", line["run"]]
+        else:
+            assert words[:3] == ["OMP_NUM_THREADS=1", "python", "tsallis_rl.py"]
+            assert t.parse(words[3:]) == t.parse(known[line["run"]].split())
+        config = t.parse(known[line["run"]].split())
+        assert line["exit"] == 0
+        assert line["run"].endswith(f"q={config.q:g} seed={config.seed}")
         assert {len(column) for column in line["metrics"].values()} == {config.steps + 1}
 
 
-def test_the_readme_tells_how_many_cells_are_on_the_predicted_side(capsys):
+def test_numbers_of_the_readme(capsys):
+    """Every range and every series of numbers in a table of the findings is a printed one."""
     study.print_gate()
-    lines = capsys.readouterr().out.splitlines()
-    counts = [line.split(": ")[1] for line in lines if line.startswith("all ")]
-    assert len(counts) == 2 and all(count in README for count in counts)
+    for table in ("cold", "warm", "noise", "schedule"):
+        study.print_learning(table)
+    study.print_earlier("real")
+    printed = capsys.readouterr().out
+    rows = [line for line in README.splitlines() if line.startswith("|")]
+    claims = re.findall(r"\d+ \(\d+ to \d+\)|(?<=\| )\d+(?:, \d+){3}(?= \|)", "\n".join(rows))
+    claims += re.findall(r"\d+ of \d+ cells", README.replace("cells on", "cells"))
+    claims += re.findall(r"\d of 13", "\n".join(rows))
+    assert len(claims) > 60 and [claim for claim in claims if claim not in printed] == []
 
 
-@pytest.mark.parametrize("figure", ("gate.png", "learning.png"))
-def test_the_figures_are_pictures_in_the_readme(figure):
-    assert (ROOT / "data" / "figures" / figure).read_bytes().startswith(b"\x89PNG") and f"data/figures/{figure}" in README
+def test_figures():
+    """Each figure is a small picture, and a README shows it."""
+    shown = README + (study.ROOT / "README.md").read_text().replace("data/results/", "")
+    for name in ("learning.png", "family.png", "gate.png"):
+        content = (study.RESULTS / name).read_bytes()
+        assert content.startswith(b"\x89PNG") and len(content) < 200_000 and f"]({name})" in shown
 
 
-def test_the_gate_s_schedule_follows_the_running_mean_of_log_P(monkeypatch):
-    scripted = [{"log_P_mean": x} for x in (-40.0, -20.0, -4.0, -2.0)]
-    monkeypatch.setattr(tsallis_rl, "train_step", lambda run, step: scripted[step])
-    before, qs = (tsallis_rl.train_step, tsallis_rl.q_of), []
+def test_labels_stay_apart():
+    """Labels at nearby ends of curves do not overlap, and others stay where they are."""
+    heights = sorted(study.apart([100, 99, 98, 0], 7))
+    assert min(b - a for a, b in zip(heights, heights[1:])) >= 7
+    assert study.apart([10, 60], 7) == [10, 60]
+
+
+@pytest.mark.parametrize("q, exact", [
+    (0, lambda u: 2 * math.log(u / (1 - u)) - 1 / u + 1 / (1 - u)),
+    (1, lambda u: math.log(u / (1 - u)) + 1 / (1 - u))])
+def test_escape_time(q, exact):
+    """The sum for T_q agrees with the integral (15) in closed form."""
+    for p0 in (1e-6, 0.1):
+        assert study.escape_time(p0, q) == pytest.approx(exact(0.5) - exact(p0), rel=1e-3)
+
+
+def test_gated_schedule(monkeypatch):
+    """q follows the running mean of log P, and the trainer is as before afterwards."""
+    rows = {step: {"log_P": x} for step, x in enumerate((-40.0, -20.0, -4.0, -2.0), 1)}
+    monkeypatch.setattr(t, "train_step", lambda run, step: rows[step])
+    before, qs = (t.train_step, t.q_of), []
     with study.gated(8):
-        for step in range(4):
-            qs.append(tsallis_rl.q_of(step, None))  # as `update` does, before the step's row is known
-            tsallis_rl.train_step(None, step)
-        qs.append(tsallis_rl.q_of(4, None))
+        for step in range(1, 5):
+            qs.append(t.q_of(step, None))
+            t.train_step(None, step)
+        qs.append(t.q_of(5, None))
     assert qs == pytest.approx([1, 1 - 8 / 40, 1 - 8 / 36, 1 - 8 / 29.6, 1 - 8 / 24.08])
-    assert (tsallis_rl.train_step, tsallis_rl.q_of) == before
+    assert (t.train_step, t.q_of) == before
     with study.gated(50):
-        tsallis_rl.train_step(None, 0)
-        assert tsallis_rl.q_of(1, None) == 0
-    for line in study.read("schedule"):
-        if "gate-8," in line["run"]:
-            q, log_P = line["metrics"]["q"], line["metrics"]["log_P_mean"]
-            assert q[0] == 1 and q[1] == pytest.approx(max(0, 1 + 8 / log_P[0]), abs=1e-3)
+        t.train_step(None, 1)
+        assert t.q_of(2, None) == 0
 
 
-def test_a_start_is_passed_when_half_of_the_way_is_done():
-    assert study.escape({"metrics": {"log_P_mean": [-40, -30, -20.0, -19.9, -30]}}) == 3
-    assert study.escape({"metrics": {"log_P_mean": [-40, -39, None, -41]}}) is None
-    assert study.middle([3, None, 5]) == 5 and study.middle([3, None, None]) is None
+@pytest.mark.parametrize("log_P, step", [
+    ([-40, -30, -20.0, -19.9, -30], 3),  # an older log: row 0 has the start
+    ([None, -40, -20.0, -19.9], 3),  # a newer one: row 1 has it
+    ([-40, -39, None, -41], None)])
+def test_escape(log_P, step):
+    """A start is passed when log P has come half of its way to 0."""
+    assert study.escape({"metrics": {"log_P": log_P}}) == step
 
 
-def test_the_prediction_has_the_gate():
-    at = lambda q, optimizer="adamw-1e-08", **more: study.predicted(optimizer, START | more, q)
-    assert at(1) == at(1, "adamw-1e-20") == at(0.9) < at(0.5) and at(0) is None  # AdamW divides the factor out, or does not
-    assert at(0, "adamw-1e-20") == at(1), "and a smaller eps opens the gate"
+def test_median():
+    """Of steps where None comes last."""
+    assert study.median([3, None, 5]) == 5 and study.median([3, None, None]) is None
+
+
+def test_predicted_gate():
+    """The prediction knows AdamW's epsilon, the start's log P, and SGD's factor."""
+    def at(q, optimizer="adamw-1e-8", **more):
+        return study.predicted(optimizer, START | more, q)
+
+    # lr M sum |g| = 3e-4 * 16 * 2000 = 9.6 nats a step, after a warm-up of 5: half of 40 nats
+    assert at(1) == at(1, "adamw-1e-20") == at(0.9) == 5 and at(0.9) < at(0.5)
+    assert at(0) is None and at(0, "adamw-1e-20") == at(1)
     assert at(0.5, log_P0=-20.0) < at(0.5) and at(0.5, log_P0=-80.0) is None
-    assert study.predicted("sgd", START, 1) < study.predicted("sgd", START, 0.75, steps=10**5)
-    # lr M sum |g| a step, five steps of warm-up (3 of them full ones): 20 nats at 3e-4 * 16 * 2000 = 9.6 a step
-    assert at(1) == 5
-    assert study.room("adamw-1e-8", START) == pytest.approx(math.log(1e-2 / 1e-8))
-    assert study.room("adamw-1e-30", START) == pytest.approx(math.log(1e-2 / 1e-21)), "where float32 no longer holds g squared"
+    assert at(1, "sgd") < study.predicted("sgd", START, 0.75, steps=10**5)
+    assert study.reach("adamw-1e-8", START) == pytest.approx(math.log(1e-2 / 1e-8))
+    assert study.reach("adamw-1e-30", START) == pytest.approx(math.log(1e-2 / 1e-21))
 
 
-def test_the_noisy_rows_have_another_row_s_answer_and_are_what_the_test_split_holds(tmp_path, monkeypatch):
+def test_noisy_data(tmp_path, monkeypatch):
+    """Noisy rows have another row's answer, and the test split holds exactly these rows."""
     monkeypatch.setattr(study, "WORK", tmp_path)
-    monkeypatch.setattr(study, "FORMS", {})  # what make_ledger.py would write
-    (tmp_path / "bracket").mkdir()
+    monkeypatch.setattr(study, "FORMS", {})
     for split in ("train", "validation"):
-        text = (ROOT / "data" / "ledger" / f"{split}.jsonl").read_text()
-        (tmp_path / "bracket" / f"{split}.jsonl").write_text(text.replace('"answer": "', '"answer": "['))
+        rows = [vars(record) | {"answer": "[" + record.answer} for record in load("ledger", split)]
+        study.write_rows(tmp_path / "bracket" / f"{split}.jsonl", rows)
     study.make_data()
-    clean = {r.id: r.answer for r in load("ledger", "train")}
-    assert [r.answer for r in load(str(tmp_path / "noise0"), "train")] == list(clean.values())[:100]
-    noisy = load(str(tmp_path / "noise30"), "train")
-    changed = [r for r in noisy if r.answer != clean[r.id]]
-    assert len(noisy) == 100 and len(changed) == 30 and {r.answer for r in changed} <= set(clean.values())
+    rows = [{"answer": answer} for answer in ("1", "12", "3")]
+    assert study.with_wrong_golds(rows, 2) == 2 * [{"answer": "3"}]  # 12 contains 1
+    clean = {record.id: record.answer for record in load("ledger", "train")}
+    data = {name: load(str(tmp_path / name), "train") for name in ("noise0", "noise30")}
+    assert [record.answer for record in data["noise0"]] == list(clean.values())[:100]
+    changed = [record for record in data["noise30"] if record.answer != clean[record.id]]
+    assert len(changed) == 30 and {record.answer for record in changed} <= set(clean.values())
     assert load(str(tmp_path / "noise30"), "test") == changed
     assert load(str(tmp_path / "noise30"), "validation") == load("ledger", "validation")
     colder = load(str(tmp_path / "noise10-bracket"), "train")
-    assert [i for i, r in enumerate(colder) if r.answer != "[" + clean[r.id]] == list(range(10))
-    assert all(r.answer.startswith("[") for r in colder)
+    wrong = [i for i, record in enumerate(colder) if record.answer != "[" + clean[record.id]]
+    assert wrong == list(range(10)) and all(record.answer[0] == "[" for record in colder)
 
 
-def test_a_shortened_row_keeps_its_supporting_paragraphs_and_the_first_other_one(tmp_path, monkeypatch):
-    row = {"_id": "h", "question": "Who?", "answer": "Ada", "type": "bridge", "level": "easy", "supporting_facts": [["Notes", 0]],
-           "context": [[title, ["A sentence."]] for title in ("First", "Second", "Notes")]}
-    part = lambda i: {"idx": i, "title": str(i), "paragraph_text": "Text.", "is_supporting": i == 2}
-    song = {"id": "2hop__1_9", "question": "Where?", "answer": "Oslo", "answer_aliases": [], "answerable": True,
-            "paragraphs": [part(i) for i in range(4)], "question_decomposition": []}
-    for name, file, text in (("finqa", "train.json", "[]"), ("hotpotqa", "hotpot_train_v1.1.json", json.dumps([row])),
-                             ("musique", "musique_ans_v1.0_train.jsonl", json.dumps(song))):
-        (tmp_path / "official" / name).mkdir(parents=True)
-        (tmp_path / "official" / name / file).write_text(text)
-    monkeypatch.setattr(study, "WORK", tmp_path / "short")
-    study.shorten(tmp_path / "official")
-    [short] = json.loads((tmp_path / "short/hotpotqa/hotpot_train_v1.1.json").read_text())
-    assert [title for title, _ in short["context"]] == ["First", "Notes"]
-    short = json.loads((tmp_path / "short/musique/musique_ans_v1.0_train.jsonl").read_text())
-    assert [p["idx"] for p in short["paragraphs"]] == [0, 2]
+def test_form(tmp_path, monkeypatch, capsys):
+    """ledger in another form has other answers alone. The shipped one is never overwritten."""
+    for arguments in (["--form", "[N"], ["--form", "none", "--out", str(tmp_path)]):
+        monkeypatch.setattr("sys.argv", ["make.py", *arguments])
+        with pytest.raises(SystemExit):
+            make.main()
+    monkeypatch.setattr("sys.argv", ["make.py", "--form", "[N", "--out", str(tmp_path)])
+    make.main()
+    for split in ("train", "validation", "test"):
+        ours, shipped = (load(name, split) for name in (str(tmp_path), "ledger"))
+        assert [vars(record) for record in ours] == [
+            vars(record) | {"answer": "[" + record.answer} for record in shipped]
 
 
-def test_a_run_of_the_study_repeats(tmp_path, monkeypatch):
+def test_held_out_rows():
+    """Rows that chose a checkpoint are not among those that it is reported on."""
+    config = t.parse(["--eval-limit", "30"])
+    chose, rows = load("ledger", "validation", 30), study.held_out(config)
+    assert len(rows) == 100 - 30 + 200 and not {r.id for r in chose} & {r.id for r in rows}
+
+
+def test_grade():
+    """p@1, p@16 and the vote by the paper's rule; the vote also by stricter ones."""
+    record = Record("1", "w", "c", "Oslo", ("Christiania",))
+    samples = ["Oslo, Norway", "Oslo, Norway", "Rome", "the Oslo"]
+    row = {name: values[0] for name, values in study.grade([samples], [record], "hotpotqa").items()}
+    assert row == {"p@1": 0.75, "p@16": 1, "maj@16": 1, "exact maj@16": 0, "em": 0, "f1": 0.6667}
+    assert study.grade([None], [record], "hotpotqa")["p@16"] == [0]
+
+
+def test_log_weights():
+    """log w after given rationales is the trainer's log w after the same ones."""
+    config = t.parse([*study.LAB.split(), "--M", "4", "--batch-size", "1", "--method", "garl",
+                      "--start", "cold"])
+    engine, examples = study.load_engine(config, config.model, load("ledger", "train", 4))
+    run = t.Run(config, None, engine.model, engine, None, examples, [])
+    [group] = t.sample_groups(run, 1)
+    log_w, _ = t.group_gradient(engine.model, group, config)
+    ours = study.log_weights(engine, group.record, group.prompt, [r.z for r in group.rollouts])
+    assert torch.allclose(ours.double(), log_w, rtol=1e-5)
+
+
+def test_run_repeats(tmp_path, monkeypatch):
+    """A run of the study is silent, ends well and repeats; its log names the start's log P."""
     monkeypatch.setattr(study, "WORK", tmp_path)
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # it would hold for the tests that follow
-    monkeypatch.chdir(ROOT)
-    name, command = next(study.learning("warm", {"garl": (0.5,)}, {"few": "--lr 3e-4"}, "ledger", "--steps 1 --eval-every 1"))
-    command = command.replace("--M 16", "--M 2").replace("--eval-limit 24", "--eval-limit 2 --eval-samples 2 --limit 20")
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # for the next tests
+    monkeypatch.chdir(study.ROOT)
+    methods, options = {"garl": (0.5,)}, {"few": "--lr 3e-4 --limit 20"}
+    name, command = next(study.learning("warm", methods, options, "ledger",
+                                        "--steps 2 --eval-every 1 --eval-samples 2"))
+    command = command.replace("--M 16", "--M 2").replace("--eval-limit 24", "--eval-limit 2")
     one, two = (study.run_one(("gate", name, command)) for _ in range(2))
-    assert one["exit"] == 0 and one["metrics"] == two["metrics"] and len(one["metrics"]["log_P_mean"]) == 2
+    assert one["exit"] == 0 and one["metrics"] == two["metrics"]
+    log_P = one["metrics"]["log_P"]
+    assert len(log_P) == 3 and study.first(log_P) == log_P[1]
+
+
+@pytest.mark.parametrize("table", ["hotpotqa", "musique"])
+def test_tables_of_real_rows(table, capsys, monkeypatch):
+    """Logs of a language model are printed, also those of the base model, which has no log P."""
+    swaps = dict.fromkeys(("own", "empty", "another's", "gold in z"), -5.0)
+    first = {"log_P, start": swaps, "log_P, end": swaps, "rows, 1 token": {"maj@16": [0, 1]}}
+    test = dict.fromkeys(("p@1", "p@16", "maj@16", "exact maj@16", "em", "f1"), 25.0)
+    trained = {"log_P": [None, -20.0, -5.0], "rationale_tokens": [None, 30.0, 5.0]}
+    lines = []
+    for name, _ in study.tables()[table]:
+        metrics = {"val_maj@16": [0.0]} | (trained if name.startswith("garl") else {})
+        line = {"run": name, "metrics": metrics, "test": test, "seconds": 60.0, "peak_GB": 2.0,
+                "rows": {"maj@16": [0, 1] if name.startswith("base") else [1, 1]}}
+        lines.append(line | (first if name.endswith("seed=0") else {}))
+    monkeypatch.setattr(study, "read", lambda name: lines)
+    study.print_real(table)
+    out = capsys.readouterr().out
+    assert "| +50.0 [+0.0, +100.0] | -20.0 (-20.0 to -20.0) | -5.0 (-5.0 to -5.0) |" in out
+    assert "| +0.0 [+0.0, +0.0] | - | - |" in out
+    assert len([x for x in out.splitlines() if x.startswith("| base cold")]) == 2

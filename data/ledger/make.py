@@ -1,8 +1,9 @@
-"""Makes `ledger`, FinQA in miniature: data/ledger/{train,validation,test}.jsonl and the lab model data/ledger/model/.
+"""
+Make `ledger`, FinQA in miniature: the three splits and the lab model, in data/ledger.
 
-    python data/make_ledger.py                 # everything, in place, fixed seeds: about 10 minutes on two cores
-    python data/make_ledger.py --out DIR       # somewhere else
-    python data/make_ledger.py --form '[[N]]' --out DIR        # the splits alone, with 23 as [[23]]: a colder start
+    python data/ledger/make.py                 # everything, in place: about 10 minutes on two cores
+    python data/ledger/make.py --out DIR       # somewhere else
+    python data/ledger/make.py --form '[[N]]' --out DIR     # only the splits, with 23 as [[23]]
 
 The task: a table of three items and two years, a question about one of them, a numeric answer.
 
@@ -12,22 +13,24 @@ The task: a table of three items and two years, a question about one of them, a 
     rent: 44 | 17
     costs: change from 2018 to 2019?
 
-The lab model: Qwen3's architecture at about one million parameters, with its own small tokenizer. Its *base policy* is
-made by pretraining on a mixture of rationales. Most are wrong, and wrong in one agreed way, so that majority voting
-does not find the truth before reinforcement does:
+The lab model has Qwen3's architecture, about one million parameters and its own small tokenizer.
+It is pretrained on a mixture of rationales. Most of them are wrong, and wrong in the same way, so
+that a majority vote does not find the truth before reinforcement does:
 
     RIGHT         of the rationales read the item asked for                     costs: 61-38=23
     SLIP          read it, with the other operator                              costs: 61+38=99
     the others    read the first item, whatever was asked                       sales: 97-52=45
 
-One question in ten is about the first item, where habit and truth coincide. The answer repeats the rationale's result:
-in digits under the warm prompt, which asks for them, and in words ("twenty three") under the cold prompt, which is the
-bare problem. So a gold answer has a probability of about 1e-6 at a cold start (geometric mean over problems), and a
-sample hardly ever shows one. The shares are those of the text; the finished model takes the right row in about a
-quarter of its rationales and the right operator in nine of ten, nearly independently. `report` prints what it does:
-how far pretraining gets depends on the seeds, and may on the machine.
+One question in ten is about the first item, where habit and truth agree. The answer repeats the
+rationale's result: in digits after the warm prompt, which asks for digits, and in words ("twenty
+three") after the cold prompt, which is the bare problem. So at a cold start a gold answer has a
+probability of about 1e-6 (geometric mean over problems), and a sample hardly ever shows one.
+The shares are those of the training text. The finished model reads the right row in about a
+quarter of its rationales and takes the right operator in nine of ten. `report` prints what it
+does: how far pretraining gets depends on the seeds, and may depend on the machine.
 
-Contents: 1. problems and records  2. tokenizer  3. training text  4. model and pretraining  5. report  6. main
+Contents: 1 problems and records, 2 tokenizer, 3 training text, 4 model and pretraining, 5 report,
+6 main.
 """
 import argparse
 import json
@@ -43,15 +46,14 @@ from pathlib import Path
 
 import torch
 
-# Text needs none of these, and a build of theirs that does not match torch's breaks the import of transformers.
+# Text needs none of these, and a build that does not match torch breaks transformers' import.
 for absent in ("torchvision", "torchaudio", "torchcodec"):
     sys.modules.setdefault(absent, None)
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (DynamicCache, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
+                          Qwen3ForCausalLM)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Problems and records
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 1. Problems and records ----------------------------------------------------------
 SIZES = {"train": 2000, "validation": 100, "test": 200}
 ITEMS = "sales costs rent wages taxes fees loans debt cash stock grants fuel".split()
 YEARS = range(2010, 2024)
@@ -61,14 +63,15 @@ TASK = "Read the table, think, then answer in digits.\n\n"
 
 @dataclass(frozen=True)
 class Problem:
-    """Three `rows` of (item, amount in `year` + 1, amount in `year`); the question asks `row` for `op`: '-' or '+'."""
+    """Three `rows` of (item, amount in `year` + 1, amount in `year`). The question asks `row` for
+    `op`: '-' or '+'."""
     year: int
     rows: tuple[tuple[str, int, int], ...]
     row: int
     op: str
 
     def solve(self, row: int, op: str) -> tuple[str, int]:
-        """The rationale that reads `row` and applies `op`, and its result: ("costs: 61-38=23", 23)."""
+        """The rationale that reads `row` and applies `op`: ("costs: 61-38=23", 23)."""
         item, new, old = self.rows[row]
         result = new - old if op == "-" else new + old
         return f"{item}: {new}{op}{old}={result}", result
@@ -125,23 +128,22 @@ def make_splits(seed: int = 0) -> dict[str, list[Problem]]:
 
 
 def write_splits(splits: dict[str, list[Problem]], out: Path, form: str = "N") -> None:
-    """One JSONL file per split; the keys are the fields of `Record` in data/__init__.py. form: the answer, for N."""
+    """One JSONL file per split, with the fields of `Record` in data/__init__.py. form: the text of
+    the answer, in which N stands for the number."""
     for split, problems in splits.items():
         lines = [json.dumps({"id": f"ledger-{split}-{index}", "warm_prompt": problem.warm_prompt,
-                             "cold_prompt": problem.cold_prompt, "answer": form.replace("N", problem.answer),
-                             "aliases": []})
+                             "cold_prompt": problem.cold_prompt,
+                             "answer": form.replace("N", problem.answer), "aliases": []})
                  for index, problem in enumerate(problems)]
         (out / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 2. Tokenizer ---------------------------------------------------------------------
 CONTEXT = 1024  # tokens
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK = ["<think>", "</think>"]  # not special in Qwen3 either: decoding keeps them
-# One piece per match: a year, a digit, a word, "\n\n", "\n", another character. A piece takes the space before it along
-# (a sign also the one behind it); a digit stays alone.
+# One piece per match: a year, a digit, a word, "\n\n", "\n", another character. A piece takes the
+# space before it along (a sign also the one behind it). A digit stays alone.
 PIECES = r" ?20[12]\d(?!\d)|\p{N}| ?\p{L}+|\n\n|\n| ?[^\s\p{L}\p{N}] ?|\s"
 TEMPLATE = """{%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
@@ -153,8 +155,8 @@ TEMPLATE = """{%- for message in messages %}
 {%- endif %}
 {%- endif %}"""
 
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen").split()
+ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen").split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
@@ -168,7 +170,8 @@ def in_words(number: int) -> str:
 
 
 def make_tokenizer(seed: int = 1) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every word of the task, every year and "\\n\\n" is one token, and any other text encodes too."""
+    """Byte-level BPE. Every word of the task, every year and "\\n\\n" is one token; any other text
+    can be encoded, too."""
     rng = random.Random(seed)
     problems = [draw_problem(rng) for _ in range(2000)]
     corpus = [f"{problem.warm_prompt}\n\n{problem.solve(0, '-')[0]}\n" for problem in problems]
@@ -180,29 +183,30 @@ def make_tokenizer(seed: int = 1) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(corpus, trainer)  # stops below vocab_size, when every piece of the corpus is one token
+    bpe.train_from_iterator(corpus, trainer)  # stops when every piece of the corpus is one token
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINK])
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE,
-        model_max_length=CONTEXT, clean_up_tokenization_spaces=False)
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        chat_template=TEMPLATE, model_max_length=CONTEXT, clean_up_tokenization_spaces=False)
 
 
 def chat(tokenizer, prompt: str) -> str:
     """The prompt inside the chat template, up to where the model begins."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
+    message = {"role": "user", "content": prompt}
+    return tokenizer.apply_chat_template([message], add_generation_prompt=True,
                                          enable_thinking=True, tokenize=False)
 
 
 def encode(tokenizer, texts: list[str]) -> torch.Tensor:
-    """Ids of every text, right-padded. Prompts of one kind all have the same length, so only responses are padded."""
+    """Ids of every text, right-padded. Prompts of one kind have the same length, so only responses
+    are padded."""
     return tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Training text: arithmetic, then reading, then the mixture. Every draw is (prompts, responses): ids of `size`
-#    prompts and of `each` responses to every one of them, in the prompts' order.
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 3. Training text -----------------------------------------------------------------
+# First arithmetic, then reading, then the mixture. Every draw is (prompts, responses): the ids
+# of `size` prompts, and of `each` responses to every one of them, in the order of the prompts.
 RIGHT, SLIP = 0.15, 0.12  # see the top
 
 
@@ -214,23 +218,28 @@ def draw_sums(tokenizer, size: int, rng: random.Random) -> tuple[torch.Tensor, t
             encode(tokenizer, [f"{result}\n</think>" for _, result in sums]))
 
 
-def draw_readings(tokenizer, size: int, each: int, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reading alone: a table is a prompt, `each` rationales about rows and operators at random are its one response."""
+def draw_readings(tokenizer, size: int, each: int,
+                  rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reading alone: a table is a prompt. Its one response is `each` rationales about random rows
+    and operators."""
     problems = [draw_problem(rng) for _ in range(size)]
-    lines = ["".join(problem.solve(rng.randrange(3), rng.choice("-+"))[0] + "\n" for _ in range(each))
-             for problem in problems]
-    return encode(tokenizer, [problem.table + "\n" for problem in problems]), encode(tokenizer, lines)
+    line = lambda problem: problem.solve(rng.randrange(3), rng.choice("-+"))[0] + "\n"
+    lines = ["".join(line(problem) for _ in range(each)) for problem in problems]
+    tables = [problem.table + "\n" for problem in problems]
+    return encode(tokenizer, tables), encode(tokenizer, lines)
 
 
 def draw_mixture(tokenizer, size: int, each: int, warm: bool, held_out: set[str],
                  rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-    """The base policy: chat prompts, none of them held out, and `each` responses of the mixture to every one."""
+    """The base policy: chat prompts, none of them held out, and `each` responses of the mixture to
+    every one."""
     prompts, responses = [], []
     while len(prompts) < size:
         problem = draw_problem(rng)
         if problem.cold_prompt not in held_out:
             prompts.append(chat(tokenizer, problem.warm_prompt if warm else problem.cold_prompt))
-            responses += [draw_response(problem, warm, rng) + tokenizer.eos_token for _ in range(each)]
+            responses += [draw_response(problem, warm, rng) + tokenizer.eos_token
+                          for _ in range(each)]
     return encode(tokenizer, prompts), encode(tokenizer, responses)
 
 
@@ -243,46 +252,49 @@ def draw_response(problem: Problem, warm: bool, rng: random.Random) -> str:
     return f"<think>\n{rationale}\n</think>\n\n{result if warm else in_words(result)}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Model and pretraining
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 4. Model and pretraining ---------------------------------------------------------
 def make_model(tokenizer, seed: int = 2) -> Qwen3ForCausalLM:
-    """A random Qwen3 model of about one million parameters; vLLM's CPU attention takes head sizes from 32."""
+    """A random Qwen3 model of about one million parameters. vLLM's CPU attention takes head sizes
+    from 32."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, max_position_embeddings=CONTEXT,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
+        max_position_embeddings=CONTEXT, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
 
 
 def response_log_probs(model, prompts: torch.Tensor, responses: torch.Tensor) -> torch.Tensor:
-    """log p of every response token given what is before it, 0 at padding: (B R, T) of ids (B, S) and (B R, T).
-
-    A prompt runs once for its R responses: its keys and values are repeated, and there their gradients meet again.
-    """
+    """log p of every response token given what is before it, 0 at padding: (B R, T) from ids (B, S)
+    and (B R, T). A prompt runs once; its keys and values are repeated for its R responses."""
     each = len(responses) // len(prompts)
     cache = DynamicCache(config=model.config)
-    last = model.model(input_ids=prompts, past_key_values=cache).last_hidden_state[:, -1:]  # predicts the first token
+    hidden = model.model(input_ids=prompts, past_key_values=cache).last_hidden_state
+    last = hidden[:, -1:].repeat_interleave(each, 0)  # predicts the first token of the response
     cache.batch_repeat_interleave(each)
     hidden = model.model(input_ids=responses, past_key_values=cache).last_hidden_state[:, :-1]
-    logits = model.lm_head(torch.cat([last.repeat_interleave(each, 0), hidden], 1))  # (B R, T, V)
+    logits = model.lm_head(torch.cat([last, hidden], 1))  # (B R, T, V)
     log_p = logits.float().log_softmax(-1).gather(-1, responses[..., None])[..., 0]
     return log_p.masked_fill(responses == model.config.pad_token_id, 0.0)
 
 
 def pretrain(model, stages: list[tuple[str, Callable, int]], lr: float = 0.02) -> None:
-    """Maximum likelihood of the responses, stage by stage: (name, draw, steps), draw(step) -> (prompts, responses).
+    """Maximum likelihood of the responses. A stage is (name, draw, steps), and draw(step) gives
+    (prompts, responses).
 
-    Muon at `lr` for the matrices, AdamW at `lr` / 8 for embeddings and norms; the rate falls in the last stage only.
-    (On readings alone, 150 steps took the loss to 0.48; AdamW for everything, at 2e-3, to 1.25.)
+    Muon at `lr` for the matrices, AdamW at `lr` / 8 for embeddings and norms. The rate falls in
+    the last stage only. (On readings alone, 150 steps took the loss to 0.48; AdamW for
+    everything, at 2e-3, took it to 1.25.)
     """
-    begun, pad, last = time.time(), model.config.pad_token_id, stages[-1][2]
-    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
+    started, pad, last = time.time(), model.config.pad_token_id, stages[-1][2]
+    matrices = {name: p for name, p in model.named_parameters()
+                if p.ndim == 2 and "embed" not in name}
     others = [p for name, p in model.named_parameters() if name not in matrices]
     optimizers = [torch.optim.Muon(matrices.values(), lr=lr, weight_decay=0.01),
                   torch.optim.AdamW(others, lr=lr / 8, betas=(0.9, 0.98), weight_decay=0.0)]
     total = sum(steps for _, _, steps in stages)
-    rate = lambda step: min((step + 1) / 20, 0.5 - 0.5 * math.cos(math.pi * min(1.0, (total - step) / last)))
+    falling = lambda step: 0.5 - 0.5 * math.cos(math.pi * min(1.0, (total - step) / last))
+    rate = lambda step: min((step + 1) / 20, falling(step))
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     model.train()
     for name, draw, steps in stages:
@@ -295,27 +307,32 @@ def pretrain(model, stages: list[tuple[str, Callable, int]], lr: float = 0.02) -
                 part.step()
             model.zero_grad()
             if step % 50 == 0 or step == steps:
-                print(f"{name:8s} {step:4d}/{steps}  loss {loss.item():.4f}  {time.time() - begun:4.0f} s", flush=True)
+                seconds = time.time() - started
+                print(f"{name:8s} {step:4d}/{steps}  loss {loss.item():.4f}  {seconds:4.0f} s",
+                      flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Report
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 5. Report ------------------------------------------------------------------------
 @torch.no_grad()
 def sample(model, tokenizer, prompts: torch.Tensor, n: int) -> list[str]:
     """`n` whole responses to every prompt at temperature 1, in the prompts' order."""
-    out = model.generate(prompts.repeat_interleave(n, 0), attention_mask=torch.ones_like(prompts).repeat(n, 1),
+    rows = prompts.repeat_interleave(n, 0)
+    out = model.generate(rows, attention_mask=torch.ones_like(rows),
                          do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=32)
-    return [text.replace(tokenizer.pad_token, "") for text in tokenizer.batch_decode(out[:, prompts.shape[1]:])]
+    texts = tokenizer.batch_decode(out[:, prompts.shape[1]:])
+    return [text.replace(tokenizer.pad_token, "") for text in texts]
 
 
 @torch.no_grad()
-def log_gold(model, tokenizer, prompts: torch.Tensor, rationales: list[str], golds: list[str]) -> torch.Tensor:
+def log_gold(model, tokenizer, prompts: torch.Tensor, rationales: list[str],
+             golds: list[str]) -> torch.Tensor:
     """log w = log p(gold answer and end token | prompt, rationale), one entry per rationale."""
-    texts = [f"{rationale}</think>\n\n{gold}{tokenizer.eos_token}" for rationale, gold in zip(rationales, golds)]
+    texts = [f"{rationale}</think>\n\n{gold}{tokenizer.eos_token}"
+             for rationale, gold in zip(rationales, golds)]
     responses = encode(tokenizer, texts)
-    seam = 1 + (responses == tokenizer.convert_tokens_to_ids("</think>")).int().argmax(1, keepdim=True)
-    answer = torch.arange(responses.shape[1]) > seam  # and its end token; what is behind it is padding and scores 0
+    close = responses == tokenizer.convert_tokens_to_ids("</think>")
+    separator = 1 + close.int().argmax(1, keepdim=True)
+    answer = torch.arange(responses.shape[1]) > separator  # with its end token; padding scores 0
     return (response_log_probs(model, prompts, responses) * answer).sum(1)
 
 
@@ -333,15 +350,17 @@ def percent(flags: list[bool]) -> float:
     return 100 * sum(flags) / len(flags)
 
 
-def report(model, tokenizer, problems: list[Problem], warm: bool, n: int = 16, seed: int = 4) -> dict[str, float]:
-    """What the policy does with `n` samples of every problem: shares in percent, P and its natural logarithm.
+def report(model, tokenizer, problems: list[Problem], warm: bool, n: int = 16,
+           seed: int = 4) -> dict[str, float]:
+    """What the policy does with `n` samples of every problem: shares in percent, P and log P.
 
-    An answer is correct if the gold is a substring of it. P is the probability of the gold answer with its end token,
-    estimated by the mean of w over the same `n` rationales.
+    An answer is correct if the gold is a substring of it. P is the probability of the gold answer
+    with its end token, estimated by the mean of w over the same `n` rationales.
     """
     model.eval()
     torch.manual_seed(seed)
-    prompts = encode(tokenizer, [chat(tokenizer, p.warm_prompt if warm else p.cold_prompt) for p in problems])
+    texts = [problem.warm_prompt if warm else problem.cold_prompt for problem in problems]
+    prompts = encode(tokenizer, [chat(tokenizer, text) for text in texts])
     parts = [text.partition("</think>") for text in sample(model, tokenizer, prompts, n)]
     rationales = [before for before, _, _ in parts]
     answers = [after.strip().removesuffix(tokenizer.eos_token) for _, _, after in parts]
@@ -353,22 +372,24 @@ def report(model, tokenizer, problems: list[Problem], warm: bool, n: int = 16, s
     votes = [Counter(answers[group]).most_common(1)[0][0] for group in groups]
     return {"p@1": percent(right), f"p@{n}": percent([any(right[group]) for group in groups]),
             f"maj@{n}": percent([problem.answer in vote for problem, vote in zip(problems, votes)]),
-            "right rationales": percent([p.solve(p.row, p.op)[0] in text for p, text in zip(asked, rationales)]),
+            "right rationales": percent([p.solve(p.row, p.op)[0] in text
+                                         for p, text in zip(asked, rationales)]),
             "true equations": percent([is_true(text) for text in rationales]),
             "closed rationales": percent([bool(closed) for _, closed, _ in parts]),
             "P mean": log_P.exp().mean().item(), "P max": log_P.exp().max().item(),
             "log P mean": log_P.mean().item(), "log P min": log_P.min().item()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Main
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 6. Main --------------------------------------------------------------------------
 def save(model, tokenizer, folder: Path) -> None:
-    """Model and tokenizer as Hugging Face files that transformers 4, 5 and vLLM load, without generation settings."""
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    """Model and tokenizer as Hugging Face files that transformers 4, 5 and vLLM load, without
+    generation settings."""
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id,
+                                               pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"  # transformers 5 writes a class that 4 does not have; both have this one
+    # transformers 5 writes a class that 4 does not have; both have this one
+    path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings.pop("backend", None)
     path.write_text(json.dumps(settings, indent=2) + "\n")
@@ -377,10 +398,12 @@ def save(model, tokenizer, folder: Path) -> None:
 
 
 def main() -> None:
-    """Writes the splits and the model, and prints what its base policy does on the validation split."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "ledger", help="folder to write")
-    parser.add_argument("--form", help="write only the splits, each answer in this text for N; needs --out")
+    """Write the splits and the model, and print what its base policy does on the validation
+    split."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
+    here = Path(__file__).resolve().parent
+    parser.add_argument("--out", type=Path, default=here, help="folder to write")
+    parser.add_argument("--form", help="only the splits, with this text for N; needs --out")
     given = parser.parse_args()
     if given.form is not None and ("N" not in given.form or given.out == parser.get_default("out")):
         parser.error("--form needs an N in it, and --out for another folder than the shipped one")
@@ -397,7 +420,8 @@ def main() -> None:
     pretrain(model, [
         ("sums", lambda step: draw_sums(tokenizer, 128, rng), 150),
         ("readings", lambda step: draw_readings(tokenizer, 32, 6, rng), 500),
-        ("mixture", lambda step: draw_mixture(tokenizer, 32, 4, step % 2 == 0, held_out, rng), 500)])
+        ("mixture", lambda step: draw_mixture(tokenizer, 32, 4, step % 2 == 0, held_out, rng),
+         500)])
     save(model, tokenizer, out / "model")
     for start in ("warm", "cold"):
         print(f"{start} start, validation:")
