@@ -30,7 +30,7 @@ def test_sampler_log_probs(random_model, lab, config):
     begun = [[], [20, 21, 22], [], [23]]
     for budget in (8192, 20):  # one batch, or one for each row
         engine = HFRollouts(random_model, lab[1], config(token_budget=budget))
-        samples = engine.sample(prompts, begun, [1, 2, 3, 4], 10, lab[1].stop())
+        samples = engine.sample(list(zip(prompts, begun, [1, 2, 3, 4])), 10, lab[1].stop())
         for prompt, start, (ids, log_p) in zip(prompts, begun, samples):
             plain = plain_log_probs(random_model, prompt + start, ids)
             torch.testing.assert_close(torch.tensor(log_p), plain, rtol=0, atol=1e-4)
