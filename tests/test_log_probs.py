@@ -193,7 +193,7 @@ def test_distribution(random_model, lab, config):
     """Two sampled tokens have the model's joint distribution, by a chi-square test."""
     prompt, n = [7, 30, 12, 45], 4000
     pairs = HFRollouts(random_model, lab[1], config()).sample(
-        [prompt] * n, [[]] * n, list(range(n)), 2, set())
+        [(prompt, [], seed) for seed in range(n)], 2, set())
     with torch.no_grad():
         one = random_model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
         after = torch.tensor([prompt + [i] for i in range(len(one))])
