@@ -174,14 +174,10 @@ def resolve(config: Config) -> Config:
                    else config.model, eval_every=max(1, min(config.eval_every, config.steps)))
 
 
-def make_parser() -> HfArgumentParser:
-    """An option for each setting. Without a usage, argparse's errors are one line."""
-    return HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False)
-
-
 def parse(argv: list[str] | None = None) -> Config:
     """The settings from the command line. --resume takes those of the run as defaults."""
-    parser = make_parser()
+    # without a usage, errors are one line, with exit code 2
+    parser = HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False)
     given = parser.parse_args(argv)
     if given.resume:
         out = absolute(given.resume)
@@ -447,7 +443,7 @@ def encode(records: list[Record], config: Config, template: Template, model,
         text = record.warm_prompt if config.start == "warm" else record.cold_prompt
         prompt, gold = template.prompt(text), template.gold(record.answer)
         control = [token for token in template.special if token in text + record.answer]
-        if control or not text.strip() or max(prompt + gold) >= size:
+        if control or not text.strip() or max(prompt + template.forced([]) + gold) >= size:
             raise UserError(f"record {record.id}: no {config.start}_prompt, control tokens "
                             f"{control}, or tokens that the model lacks")
         answer = max(config.answer_budget, len(gold) * training)  # only training scores gold
@@ -561,8 +557,7 @@ class HFRollouts:
 
 def pad(rows: list[Ids], device: torch.device, side: str = "right") -> Tensor:
     """Lists of R lengths -> (R, T), with zeros."""
-    tensors = [torch.tensor(row) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_side=side).to(device)
+    return pad_sequence([torch.tensor(row) for row in rows], True, padding_side=side).to(device)
 
 
 def next_logits(model, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
@@ -573,12 +568,11 @@ def next_logits(model, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens at which the cumulative distribution passes `uniform`, and their log p:
-    (R, V), (R,) -> (R,), (R,)."""
+    """Tokens and their log p: (R, V), (R,) -> (R,), (R,)."""
     log_p = logits.log_softmax(-1)
     cdf = log_p.double().exp().cumsum(-1)
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)  # (R, 1)
-    token = token.clamp(max=logits.shape[-1] - 1)
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
+    token = token.clamp(max=logits.shape[-1] - 1)  # (R, 1)
     return token[:, 0], log_p.gather(1, token)[:, 0]
 
 
@@ -628,8 +622,8 @@ class VLLMRollouts:
 # --- 7. The model: attention, caches, log-probabilities of tokens ---------------------
 def autocast(model, config: Config) -> torch.autocast:
     """bfloat16 arithmetic on float32 weights, if it is asked for."""
-    return torch.autocast(model.device.type, torch.bfloat16,
-                          enabled=config.dtype == "bfloat16")
+    enabled = config.dtype == "bfloat16"
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 
 HARMLESS = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_position",
@@ -705,9 +699,10 @@ def output_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden weight^T)[target] in chunks: all N x V logits would not fit into
-    memory. The backward pass computes them again. It is written by hand, because
-    torch.mm(out_dtype=) has no derivative."""
+    """log softmax(hidden weight^T)[target] in nats. The output layer must be a plain matrix;
+    `check_sampler` notices if it is not. The logits are computed in chunks, because all N x V
+    would not fit into memory. The backward pass computes them again; it is written by hand,
+    because torch.mm(out_dtype=) has no derivative."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -728,18 +723,15 @@ class TokenLogProbs(torch.autograd.Function):
         n, W = max(1, CHUNK[hidden.device.type] // len(weight)), weight.to(hidden.dtype)
         d_hidden, d_weight = [], torch.zeros_like(weight)
         for h, t, log_z, g in zip(*(x.split(n) for x in (hidden, target, log_Z, grad))):
-            softmax = output_logits(h, W).sub_(log_z[:, None]).exp_()  # in place: (n, V)
-            d_logits = softmax.mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])
+            d_logits = output_logits(h, W).sub_(log_z[:, None]).exp_()  # the softmax, (n, V)
+            d_logits.mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])
             d_logits = d_logits.to(h.dtype)
             d_hidden.append(d_logits @ W)
             d_weight += d_logits.T @ h
         return torch.cat(d_hidden), d_weight, None
 
 
-def token_log_probs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """log p(target) in nats: (N, D), (V, D), (N,) -> (N,). The output layer must be a plain
-    matrix; `check_sampler` notices if it is not."""
-    return TokenLogProbs.apply(hidden, weight, target)
+token_log_probs = TokenLogProbs.apply
 
 
 # --- 8. The gradient of one prompt ----------------------------------------------------
@@ -787,7 +779,7 @@ class SharedPrompt:
 
     def copy_tokens(self) -> int:
         """The size of one row's copy of the keys and values, in trained tokens. Such a token
-        keeps about the inputs and outputs of all matrices, 4 bytes a number."""
+        keeps about the inputs and outputs of all matrices, 4 bytes each."""
         shapes = [p.shape for p in self.model.base_model.parameters() if p.dim() == 2]
         kept = 4 * (sum(map(sum, shapes)) - sum(self.model.get_input_embeddings().weight.shape))
         size = 2 if self.config.dtype == "bfloat16" else 4
@@ -1074,13 +1066,13 @@ def load_model(path: str, device: torch.device):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="lower_right",
-            output_loading_info=True)
+            path, dtype=torch.float32, output_loading_info=True)
         ends = model.generation_config.eos_token_id or []
         template = Template(tokenizer, ends if isinstance(ends, list) else [ends])
         layers = DynamicCache(config=model.config).layers
         if not model._supports_attention_backend or None in (x.is_sliding for x in layers):
             raise ValueError("transformers cannot replace its attention, or it has none")
+        model.set_attn_implementation("lower_right")
         if report["missing_keys"] or not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError(f"weights are not finite, or missing: {report['missing_keys']}")
     except Exception as error:  # each library has its own errors

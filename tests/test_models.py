@@ -1,0 +1,190 @@
+"""Models and tokenizers of many kinds: each trains right, or is refused in one line."""
+import json
+
+import pytest
+import torch
+import transformers as hf
+from conftest import CHAT, error, group_of, plain_gradient, plain_template, program, rows, weights
+
+import tsallis_rl
+from data import Record
+from data.files import UserError
+from tsallis_rl import HFRollouts, Template, check_sampler, encode, generate, group_gradient
+
+CPU = torch.device("cpu")
+SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2,
+             pad_token_id=None, bos_token_id=None, eos_token_id=486)
+EXPERTS = SHAPE | dict(moe_intermediate_size=16, num_experts_per_tok=2)
+OLD = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_heads=4)
+MODELS = {  # name: (settings, the reason why it cannot be trained)
+    "Qwen3": (SHAPE | dict(head_dim=16), None),
+    "Llama": (SHAPE, None),
+    "GPT2": (dict(n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0.5), None),
+    "Mistral": (SHAPE | dict(sliding_window=400, attention_dropout=0.5), None),
+    "Gemma3Text": (SHAPE | dict(head_dim=16, sliding_window=512), None),
+    "Phi3": (SHAPE, None),
+    "Qwen3Moe": (EXPERTS | dict(head_dim=16, num_experts=8), None),
+    "DeepseekV3": (EXPERTS | dict(
+        num_key_value_heads=4, n_routed_experts=8, n_group=2, topk_group=1, kv_lora_rank=16,
+        q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12,
+        first_k_dense_replace=1), None),
+    "Gemma2": (SHAPE | dict(head_dim=16), "softcap"),
+    "Cohere": (SHAPE, "sampler and trainer differ"),
+    "Falcon": (OLD, "cannot replace its attention"),
+    "GPTNeo": (OLD | dict(num_layers=2, attention_types=[[["global"], 2]]),
+               "cannot replace its attention"),
+    "Bloom": (OLD, "cannot replace its attention"),
+    "Mamba": (OLD, "cannot replace its attention"),
+    "T5": (dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4), "T5Config"),
+}
+
+
+@pytest.fixture
+def saved(tmp_path, lab):
+    """saved(config, tokenizer): the folder of a random model."""
+    def save(config, tokenizer=lab[1].tokenizer, **generation):
+        torch.manual_seed(0)
+        kind = hf.AutoModelForSeq2SeqLM if config.model_type == "t5" else hf.AutoModelForCausalLM
+        kind.from_config(config).save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        if generation:
+            (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
+        return str(tmp_path / "model")
+    return save
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name, saved, lab, config):
+    """A model's gradient is that of eager attention, or one line says what is the matter."""
+    settings, reason = MODELS[name]
+    path = saved(getattr(hf, f"{name}Config")(**settings | {"vocab_size": 489}))
+
+    def train(dtype):
+        model, template = tsallis_rl.load_model(path, CPU)
+        chosen = config(method="garl", q=0.5, M=4, dtype=dtype)
+        prompt = template.prompt("What is 2+3? Ann has 4 and gives 2.")
+        rollouts = generate(HFRollouts(model, template, chosen), [prompt[3:], prompt], [7, 9], 4, 10, 0)
+        group = group_of(template, prompt, rollouts[1])
+        check_sampler(group_gradient(model, group, chosen)[1]["sampler_gap"], chosen)
+        eager = hf.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+        return model, plain_gradient(eager.float().eval(), group, chosen)[1]
+
+    if reason:
+        with pytest.raises(UserError, match=reason):
+            train("float32")
+    else:
+        assert error(*train("float32")) < 1e-5
+        model, plain = train("bfloat16")  # experts that the prompt does not reach train, too
+        assert error(model, plain) < 0.3
+        assert all((p.grad.norm() > 0) == (g.norm() > 0) for p, g in zip(model.parameters(), plain))
+
+
+# --- Loading and saving -----------------------------------------------------------------
+def test_bfloat16_checkpoint(saved, small, tmp_path):
+    """A checkpoint in bfloat16 is trained and saved in float32, or small updates are lost."""
+    path = saved(hf.Qwen3Config(**SHAPE, vocab_size=489, head_dim=16, dtype="bfloat16"))
+    hf.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
+    assert {w.dtype for w in weights(path, ".").values()} == {torch.bfloat16}
+    assert program([*small, "--model", path, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
+    assert {w.dtype for w in weights(tmp_path / "run").values()} == {torch.float32}
+    assert any((w.bfloat16() != w).any() for w in weights(tmp_path / "run").values())
+
+
+def test_generation_config(saved, small, tmp_path):
+    """A temperature in generation_config changes nothing, and a checkpoint names its ends."""
+    path = saved(hf.LlamaConfig(**SHAPE, vocab_size=489), temperature=0.1, eos_token_id=[486, 7])
+    model, template = tsallis_rl.load_model(path, CPU)
+    assert template.ends == {486, 7} <= template.stop() and template.end == 486
+    assert program([*small, "--model", path, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
+    last = json.loads((tmp_path / "run" / "last" / "generation_config.json").read_text())
+    assert set(last["eos_token_id"]) == {486, 7} and "temperature" not in last
+
+
+def test_every_end_token_ends_a_sample(lab, config):
+    """Each token that the model names ends a rationale and an answer."""
+    template = Template(lab[1].tokenizer, [*range(100)])
+    [rollouts] = generate(HFRollouts(lab[0], template, config()), [[7, 30, 12]], [1], 50, 9, 9)
+    for ids in (ids for r in rollouts for ids in (r.z, r.y)):
+        assert not template.ends & set(ids[:-1])
+        assert len(ids) == 9 or ids[-1] in template.stop()
+    assert {r.z[-1] for r in rollouts} & set(range(100))
+
+
+@pytest.mark.parametrize("window, code", ((400, 0), (20, 2)))
+def test_sliding_window(window, code, saved, small, tmp_path, capsys):
+    """A window that is longer than every sequence is no obstacle; a shorter one is refused."""
+    path = saved(hf.Gemma3TextConfig(**SHAPE, vocab_size=489, head_dim=16, sliding_window=window))
+    run = ["--model", path, "--steps", "1", "--out", str(tmp_path / "run")]
+    assert program([*small, *run]) == code
+    error = capsys.readouterr().err
+    assert code == 0 or ("20 positions" in error and len(error.splitlines()) == 1)
+
+
+@pytest.mark.parametrize("size", (488, 486, 100))
+def test_tokens_beyond_the_embeddings(size, saved, small, tmp_path, capsys):
+    """A model with fewer embeddings than </think>, the end or a record needs is refused."""
+    path = saved(hf.LlamaConfig(**SHAPE | {"vocab_size": size, "eos_token_id": 5}))
+    assert program([*small, "--model", path, "--steps", "1", "--out", str(tmp_path / "run")]) == 2
+    assert "tokens that the model lacks" in capsys.readouterr().err
+
+
+def test_missing_or_broken_weights(saved, lab):
+    """A file without one of the weights, or with one that is not finite, is refused."""
+    from safetensors.torch import load_file, save_file
+    path = saved(hf.LlamaConfig(**SHAPE, vocab_size=489))
+    full = load_file(f"{path}/model.safetensors")
+    norm = full.pop("model.norm.weight")
+    for state in (full, full | {"model.norm.weight": norm * torch.nan}):
+        save_file(state, f"{path}/model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match="not finite, or missing"):
+            tsallis_rl.load_model(path, CPU)
+
+
+# --- Tokenizers and records ---------------------------------------------------------------
+def test_end_of_turn(lab):
+    """The end token is what the chat template puts after an answer, or else eos."""
+    tokenizer = plain_template().tokenizer
+    turn = tokenizer.eos_token_id
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    template = Template(tokenizer)
+    assert template.end == turn != tokenizer.eos_token_id  # as Gemma and Phi do
+    assert template.ends == {turn, tokenizer.eos_token_id} and template.gold("3")[-1] == turn
+    assert template.text(template.gold("3")) == "3" == template.text(template.gold("3")[:-1])
+    tokenizer.chat_template = CHAT.replace("<|im_end|>", " END")  # no special token
+    assert Template(tokenizer).end == tokenizer.eos_token_id
+    tokenizer.chat_template = None
+    assert Template(tokenizer).end == tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end token"):
+        Template(tokenizer)
+
+
+@pytest.mark.parametrize("record, word", (
+    (Record("bad", "Q", "Q", "4<|im_end|>2"), "<|im_end|>"),
+    (Record("bad", "Q <|endoftext|>", "Q", "4"), "<|endoftext|>"),
+    (Record("bad", "", "Q", "4"), "no warm_prompt")))
+def test_refused_records(record, word, lab, config):
+    """Control tokens in a record and an empty prompt of the kind asked for are refused."""
+    with pytest.raises(UserError, match="record bad") as refused:
+        encode([Record("0", "Q", "Q", "4"), record], config(), lab[1], lab[0], training=True)
+    assert word in str(refused.value)
+
+
+def test_a_long_gold(lab, config, capsys):
+    """A gold answer too long for the model drops its own record in training, and no other;
+    in validation it is not scored and needs no room."""
+    records = [Record(str(i), "Q", "Q", "7" * n) for i, n in enumerate((1, 4000, 2))]
+    for training, kept in ((True, [True, False, True]), (False, [True] * 3)):
+        examples = encode(records, config(), lab[1], lab[0], training=training)
+        assert [bool(prompt) for _, prompt in examples] == kept
+
+
+def test_golds_that_change(lab, config, capsys):
+    """Gold answers that do not come back from their own tokens are counted."""
+    tokenizer = plain_template().tokenizer
+    from tokenizers.normalizers import NFKC
+    tokenizer.backend_tokenizer.normalizer = NFKC()
+    records = [Record(str(i), "Q", "Q", gold) for i, gold in enumerate(("10 µm", "m²", "5"))]
+    encode(records, config(), Template(tokenizer), lab[0], training=True)
+    assert "2 gold answers" in capsys.readouterr().out
