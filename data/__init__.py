@@ -17,18 +17,15 @@ or no, a short span. Without the form, w = p(y*|x*, z) would measure the guess b
 Subsets have the paper's sizes; where there are fewer rows, all are used. HotpotQA and MuSiQue
 take validation and test from dev. The paper does not say how it drew them. Here rows are sorted
 by the SHA-256 of their id, so the draw is the same everywhere, for every order of the file.
-
-No page of FinQA is in both validation and test. But MuSiQue composes its questions of single-hop
-ones (2hop__123_456 of 123 and 456), and these may be in both: in the first 100 rows of dev, 21
-of 43 test rows share one with validation. Train and dev share none.
+Validation and test share no page of FinQA. But MuSiQue composes its questions of single-hop ones
+(2hop__123_456 of 123 and 456), and those they may share: in the first 100 rows of dev, 21 of 43
+test rows have one that validation has too. Train and dev share none.
 """
-import filecmp
 import hashlib
 import logging
 import os
 import re
-import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -39,10 +36,9 @@ from data.files import UserError, named, parse, read_jsonl, read_text
 
 SPLITS = ("train", "validation", "test")
 LEDGER = Path(__file__).parent / "ledger"
-OTHER = {"train": "validation", "validation": "train"}  # must differ
 SEED = "tsallis"  # of every draw
-CLOSE = "</think>"  # ends a rationale, so no answer may hold it
-PUNCTUATION = str.maketrans("", "", string.punctuation)
+YES_NO = "Answer with yes or no, and nothing else."
+SPAN = "Answer with a short span (a name, a date, a number or a few words), and nothing else."
 
 
 @dataclass(frozen=True)
@@ -60,22 +56,18 @@ class Record:
 # --- Own records ----------------------------------------------------------------------
 def usable(answer: str) -> bool:
     """Whether a text can be a gold answer: with a letter, digit or symbol, without </think>."""
-    letters = any(category(char)[0] in "LNS" for char in answer.translate(PUNCTUATION))
-    return letters and CLOSE not in answer
+    return "</think>" not in answer and any(
+        char.isalnum() or ord(char) > 127 and category(char)[0] == "S" for char in answer)
 
 
 def checked(record: Record, where: str) -> Record:
     """The record with its answer stripped. UserError for what no tokenizer or verifier takes."""
     for name, value in vars(record).items():
         for text in value if name == "aliases" else [value]:
-            if not isinstance(text, str):
-                fault = "is missing" if text is None else "must be a string"
-                raise UserError(f"{where}: {name!r} {fault}")
-            if re.search("[\ud800-\udfff]", text):
-                raise UserError(f"{where}: {name!r} is not valid Unicode (a lone surrogate)")
+            if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+                raise UserError(f"{where}: {name!r} must be a string of valid Unicode")
     if not usable(record.answer):
-        raise UserError(f"{where}: the record has no answer: one has a letter or a digit, "
-                        f"and no {CLOSE} in it")
+        raise UserError(f"{where}: no answer with a letter or a digit and without </think>")
     return replace(record, answer=record.answer.strip())
 
 
@@ -100,25 +92,22 @@ def read_records(path: Path) -> list[Record]:
 def _load_own(path: Path, split: str) -> list[Record]:
     """A split of a folder, or of one file; there a question never is on two sides."""
     if path.is_dir():
-        file, other = path / f"{split}.jsonl", path / f"{OTHER.get(split)}.jsonl"
-        if not file.exists():
-            raise UserError(f"{path} has no {file.name}")
-        if other.exists() and filecmp.cmp(file, other, shallow=False):
-            raise UserError(f"{path}: train.jsonl and validation.jsonl are the same")
-        return read_records(file)
+        records, train = read_records(path / f"{split}.jsonl"), path / "train.jsonl"
+        if split == "validation" and train.exists() and set(records) <= set(read_records(train)):
+            raise UserError(f"{path}: train.jsonl has all the records of validation.jsonl")
+        return records
     records = read_records(path)
     questions = [record.cold_prompt for record in records]
     part = draw(questions, _shares(len(records), SPLITS))[SPLITS.index(split)]
     if not part:
-        raise UserError(f"{path}: {len(set(questions))} different questions (cold_prompt) in "
-                        f"{len(records)} records are too few to split into three parts")
+        raise UserError(f"{path}: {len(set(questions))} different cold prompts are too few to "
+                        "split into train, validation and test")
     return [records[i] for i in sorted(part)]
 
 
 def draw(groups: Sequence[str | None], sizes: Sequence[int]) -> list[list[int]]:
-    """Disjoint lists of indices into `groups`, of these sizes, in the order of SHA-256. Members
-    of a group stay together, so a list may be longer by the rest of its last group. The group
-    None is never drawn."""
+    """Disjoint lists of indices into `groups`, of these sizes, in the order of SHA-256. A group
+    stays whole, so a list may be longer by the rest of its last one. None is never drawn."""
     def place(i: int) -> tuple[bytes, int]:
         text = f"{SEED}\n{groups[i]}".encode("utf-8", "surrogatepass")
         return hashlib.sha256(text).digest(), i
@@ -157,7 +146,7 @@ def clean_finqa_gold(answer: str) -> str:
     opened, sign, dollar, sign2, whole, decimals, closed, unit, closed2 = amount.groups("")
     rest = answer[amount.end():].strip()
     two_numbers = re.search("[0-9]", rest) and not rest.startswith("or ")
-    if not (whole or decimals.strip(".")) or two_numbers or OTHER_UNIT.match(rest):
+    if not whole + decimals.strip(".") or two_numbers or OTHER_UNIT.match(rest):
         return answer
     minus = "-" if "-" in sign + sign2 or (opened and closed + closed2) else ""
     unit = "%" if unit[:3].lower() in ("%", "per") else f" {unit.lower().rstrip('s')}".rstrip()
@@ -166,16 +155,14 @@ def clean_finqa_gold(answer: str) -> str:
 
 def finqa_form(gold: str) -> str:
     """The sentence of the warm prompt that gives the form of a gold from `clean_finqa_gold`."""
-    if gold in ("yes", "no"):
-        return "Answer with yes or no, and nothing else."
     amount = re.fullmatch(r"-?(\$?)[0-9]+(?:\.([0-9]+))?(%| [a-z]+)?", gold)
     if not amount:
-        return "Answer with a short phrase, and nothing else."
-    dollar, decimals, unit = amount.group(1), len(amount.group(2) or ""), amount.group(3) or ""
+        return YES_NO if gold in ("yes", "no") else "Answer with a short phrase, and nothing else."
+    dollar, decimals, unit = amount.groups("")
     kind = "a percentage" if unit == "%" else "an amount" if dollar or unit else "a plain number"
-    plural = "s" if decimals > 1 else ""
-    rounded = f"{decimals} decimal{plural}" if decimals else "a whole number"
-    form = f"{dollar}N{'.' if decimals else ''}{'N' * decimals}{unit}"
+    n = len(decimals)
+    rounded = f"{n} decimal{'s' if n > 1 else ''}" if n else "a whole number"
+    form = f"{dollar}N{'.' if n else ''}{'N' * n}{unit}"
     return (f"Answer with {kind} rounded to {rounded}, in the form {form} (with a minus sign if "
             "it is negative; no thousands separators, no other unit), and nothing else.")
 
@@ -207,6 +194,7 @@ def _list(value, kind: type = str) -> list:
 
 
 def _record(id_, task: str, context: str, question: str, form: str, gold: str, **more) -> Record:
+    """A record: the cold prompt, and the warm one around it."""
     cold = f"{context}\n\nQuestion: {question.strip()}"
     return Record(id_, f"{task}\n\n{cold}\n\n{form}", cold, gold, **more)
 
@@ -217,9 +205,7 @@ def _multi_hop(row: dict, paragraphs: list[tuple[str, str]], aliases: Sequence[s
     if not paragraphs:
         raise ValueError("no (supporting) paragraph")
     gold = row["answer"].strip()
-    form = ("Answer with yes or no, and nothing else." if gold in ("yes", "no") else
-            "Answer with a short span (a name, a date, a number or a few words), and nothing "
-            "else.")
+    form = YES_NO if gold in ("yes", "no") else SPAN
     task = ("Below are titled paragraphs. Answer the question from them; it takes facts from "
             "more than one, so combine them step by step before you answer.")
     context = "\n\n".join("\n".join(_list([title, text])) for title, text in paragraphs)
@@ -229,9 +215,8 @@ def _multi_hop(row: dict, paragraphs: list[tuple[str, str]], aliases: Sequence[s
 
 
 def hotpotqa_record(row: dict, gold_only: bool = False) -> Record:
-    """A row of HotpotQA's official JSON (context: [[title, [sentence, ...]], ...]), or of its
-    copy on the Hub (context: {title: [...], sentences: [[...], ...]}). With gold_only, only the
-    paragraphs that `supporting_facts` names, in their order."""
+    """A row of HotpotQA, official (context: [[title, [sentence, ...]], ...]) or of the Hub
+    ({title: [...], sentences: [...]}). gold_only: only what `supporting_facts` names."""
     pairs, facts = row["context"], row["supporting_facts"] if gold_only else []
     if isinstance(pairs, dict):
         pairs = zip(pairs["title"], pairs["sentences"], strict=True)
@@ -241,8 +226,7 @@ def hotpotqa_record(row: dict, gold_only: bool = False) -> Record:
 
 
 def musique_record(row: dict, gold_only: bool = False) -> Record:
-    """A row of MuSiQue-Ans, official or of the Hub. With gold_only, only the paragraphs that
-    `is_supporting` marks, in their order."""
+    """A row of MuSiQue-Ans, official or of the Hub. gold_only: only what `is_supporting`."""
     paragraphs = [(p["title"], p["paragraph_text"]) for p in row["paragraphs"]
                   if not gold_only or p["is_supporting"]]
     return _multi_hop(row, paragraphs, _list(row.get("answer_aliases") or []))
@@ -283,32 +267,28 @@ BENCHMARKS = {
         ("musique_ans_v1.0_train.jsonl", *["musique_ans_v1.0_dev.jsonl"] * 2),
         "StonyBrookNLP/musique on GitHub", (9985, 579, 445), musique_record),
 }
-for _name in ("hotpotqa", "musique"):
-    _gold_only = partial(BENCHMARKS[_name].record, gold_only=True)
-    BENCHMARKS[f"{_name}-gold"] = replace(BENCHMARKS[_name], record=_gold_only)
+BENCHMARKS |= {f"{name}-gold": replace(spec, record=partial(spec.record, gold_only=True))
+               for name, spec in BENCHMARKS.items() if name != "finqa"}
 
 
-def _hub_rows(spec: Benchmark, name: str, split: str):
+def _hub_rows(spec: Benchmark, split: str, hint: str):
     """A datasets.Dataset of one split on the Hub. UserError when it cannot be had."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or each retry prints lines
     try:
         from datasets import load_dataset
         return load_dataset(spec.hub, spec.config, split=split, revision=spec.revision)
     except Exception as error:  # offline, timed out, moved, not installed: the way out is one
-        raise UserError(f"cannot load {spec.hub} from the Hub ({type(error).__name__}): pass the "
-                        f"official files instead, --data {name}:PATH "
-                        f"({', '.join(dict.fromkeys(spec.files))} of {spec.home})") from None
+        kind = type(error).__name__
+        raise UserError(f"cannot load {spec.hub} from the Hub ({kind}); {hint}") from None
 
 
-def _file_rows(path: Path, split: str, files: Sequence[str], hint: str) -> tuple[Path, list[dict]]:
-    """An official file, or the one of a folder, and its rows: one JSON list, or JSONL."""
-    if path.is_dir():
-        folder, path = path, path / files[SPLITS.index(split)]
-        if not path.exists():
-            raise UserError(f"{folder} has no {path.name} ({hint})")
-    text = read_text(path)
+def _file_rows(file: Path, hint: str) -> list[dict]:
+    """The rows of an official file: one JSON list, or JSONL."""
+    if not file.exists():
+        raise UserError(f"{file.parent} has no {file.name}; {hint}")
+    text = read_text(file)
     listed = text.lstrip().startswith("[")
-    return path, parse(text, str(path), list) if listed else [row for _, row in read_jsonl(path)]
+    return parse(text, str(file), list) if listed else [row for _, row in read_jsonl(file)]
 
 
 def _shares(rows: int, splits: Sequence[str], spec: Benchmark | None = None) -> list[int]:
@@ -316,73 +296,67 @@ def _shares(rows: int, splits: Sequence[str], spec: Benchmark | None = None) -> 
     if len(splits) == 3:  # one file for everything
         tenth = max(1, round(rows / 10))
         return [rows - 2 * tenth, tenth, tenth]
-    paper = [spec.sizes[SPLITS.index(split)] for split in splits]
-    total = rows if len(set(spec.files)) == 3 else min(rows, sum(paper))  # FinQA is used whole
+    paper = [size for split, size in zip(SPLITS, spec.sizes) if split in splits]
+    total = min(rows, sum(paper))
     first = round(total * paper[0] / sum(paper))
     return [first, total - first][:len(splits)]
 
 
-def _each(function: Callable, rows: Iterable[tuple[int, dict]], source, name: str) -> list:
+def _each(function: Callable, rows: Iterable[tuple[int, dict]], source, name: str) -> Iterator:
     """function(row) of every (index, row). UserError names a row of another format."""
-    results = []
     for i, row in rows:
         try:
-            results.append(function(row))
+            yield function(row)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{source}, row {i + 1}: not in {name}'s official format "
                             f"({type(error).__name__}: {error})") from None
-    return results
 
 
 def _load_benchmark(name: str, path: Path | None, split: str, limit: int | None) -> list[Record]:
     """The records of a split: read, drop rows without an answer, draw, convert the drawn."""
-    spec = BENCHMARKS[name]
-    files = spec.files
+    spec, files = BENCHMARKS[name], BENCHMARKS[name].files
     if path and not (path / files[2]).exists():
         files = (*files[:2], files[1])  # FinQA without test.json: dev.json serves for both
-    splits = [s for s, file in zip(SPLITS, files) if file == files[SPLITS.index(split)]]
+    hint = (f"--data {name}:PATH takes a file, or a folder with {', '.join(dict.fromkeys(files))} "
+            f"(from {spec.home})")
+    file = files[SPLITS.index(split)]
+    splits = [s for s, other in zip(SPLITS, files) if other == file]
     if path is None:
-        source, rows = f"{spec.hub} on the Hub", _hub_rows(spec, name, splits[0])
+        source, rows = f"{spec.hub} on the Hub", _hub_rows(spec, splits[0], hint)
         light = rows.select_columns(list(spec.columns))
     else:
-        splits = splits if path.is_dir() else SPLITS
-        hint = f"see {spec.home}; a single file may have any name: --data {name}:FILE"
-        source, rows = _file_rows(path, split, files, hint)
-        light = rows
-    groups = _each(spec.group, enumerate(light), source, name)
+        source, splits = (path / file, splits) if path.is_dir() else (path, SPLITS)
+        light = rows = _file_rows(source, hint)
+    groups = list(_each(spec.group, enumerate(light), source, name))
     shares = _shares(sum(group is not None for group in groups), splits, spec)
     drawn = draw(groups, shares)[splits.index(split)][:limit]
     if not drawn:
-        raise UserError(f"{source}: no row with an answer is left for the {split} split "
-                        f"({len(groups)} rows in all)")
+        raise UserError(f"{source}: no row with an answer for {split} in {len(groups)} rows")
     records = _each(spec.record, ((i, rows[i]) for i in drawn), source, name)
     return [checked(record, f"{source}, row {i + 1}") for i, record in zip(drawn, records)]
 
 
 def dataset_name(data: str) -> str:
     """What verdicts and defaults go by: ledger, finqa, hotpotqa, musique, or else custom."""
-    name, path = data.split(":", 1)[0], os.path.expanduser(data)
+    name, path = data.split(":")[0], os.path.expanduser(data)
     if name in BENCHMARKS:
         return name.removesuffix("-gold")
-    bundled = data == "ledger" or os.path.exists(path) and os.path.samefile(path, LEDGER)
-    return "ledger" if bundled else "custom"
+    is_ledger = data == "ledger" or os.path.exists(path) and os.path.samefile(path, LEDGER)
+    return "ledger" if is_ledger else "custom"
 
 
 def load(data: str, split: str, limit: int | None = None) -> list[Record]:
     """The records of a split, at most `limit`; `data` as at the top of this file. UserError, in
     one line, for what cannot be loaded. Prompts are not measured here."""
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}: use train, validation or test")
     name, colon, location = data.partition(":")
-    benchmark = name in BENCHMARKS and (location or not colon)
-    path = Path(os.path.expanduser(location if benchmark else data))
+    if name not in BENCHMARKS:
+        name, location = "", data
+    path = LEDGER if data == "ledger" else Path(os.path.expanduser(location))
     with named(data):
-        if benchmark and not location:
+        if name and not colon:
             return _load_benchmark(name, None, split, limit)
-        if data == "ledger":
-            return _load_own(LEDGER, split)[:limit]
-        if not data or not (path.is_dir() or path.is_file()):  # a device would have no end
-            raise UserError(f"unknown data {data!r}: it is neither ledger, {', '.join(BENCHMARKS)}"
-                            " (a benchmark also with :PATH) nor an existing file or folder")
-        return (_load_benchmark(name, path, split, limit) if benchmark
-                else _load_own(path, split)[:limit])
+        if not location or not (path.is_dir() or path.is_file()):  # a device would have no end
+            raise UserError(f"unknown data {data!r}: neither ledger, {', '.join(BENCHMARKS)} nor a "
+                            "file or folder (with NAME: before it if it is a benchmark's)")
+        return (_load_benchmark(name, path, split, limit) if name else
+                _load_own(path, split)[:limit])
