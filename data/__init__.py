@@ -15,11 +15,10 @@ or no, a short span. Without the form, w = p(y*|x*, z) would measure the guess b
 "14.5%" and "0.145". The form tells neither digits nor sign.
 
 Subsets have the paper's sizes; where there are fewer rows, all are used. HotpotQA and MuSiQue
-take validation and test from dev. The paper does not say how it drew them. Here rows are sorted
-by the SHA-256 of their id, so the draw is the same everywhere, for every order of the file.
-Validation and test share no page of FinQA. But MuSiQue composes its questions of single-hop ones
-(2hop__123_456 of 123 and 456), and those they may share: in the first 100 rows of dev, 21 of 43
-test rows have one that validation has too. Train and dev share none.
+take validation and test from dev. The paper does not say how it drew them: here rows are sorted
+by the SHA-256 of their id, whatever their order in the file. Both share no page of FinQA. But
+MuSiQue composes questions of single-hop ones (2hop__123_456 of 123 and 456), and those they may
+share: in a file of 100 dev rows, 21 of 43 test rows have one that validation has too.
 """
 import hashlib
 import logging
@@ -36,7 +35,6 @@ from data.files import UserError, named, parse, read_jsonl, read_text
 
 SPLITS = ("train", "validation", "test")
 LEDGER = Path(__file__).parent / "ledger"
-SEED = "tsallis"  # of every draw
 YES_NO = "Answer with yes or no, and nothing else."
 SPAN = "Answer with a short span (a name, a date, a number or a few words), and nothing else."
 
@@ -100,8 +98,7 @@ def _load_own(path: Path, split: str) -> list[Record]:
     questions = [record.cold_prompt for record in records]
     part = draw(questions, _shares(len(records), SPLITS))[SPLITS.index(split)]
     if not part:
-        raise UserError(f"{path}: {len(set(questions))} different cold prompts are too few to "
-                        "split into train, validation and test")
+        raise UserError(f"{path}: {len(set(questions))} different cold prompts: too few to split")
     return [records[i] for i in sorted(part)]
 
 
@@ -109,16 +106,13 @@ def draw(groups: Sequence[str | None], sizes: Sequence[int]) -> list[list[int]]:
     """Disjoint lists of indices into `groups`, of these sizes, in the order of SHA-256. A group
     stays whole, so a list may be longer by the rest of its last one. None is never drawn."""
     def place(i: int) -> tuple[bytes, int]:
-        text = f"{SEED}\n{groups[i]}".encode("utf-8", "surrogatepass")
-        return hashlib.sha256(text).digest(), i
+        return hashlib.sha256(f"tsallis\n{groups[i]}".encode("utf-8", "surrogatepass")).digest(), i
 
     parts: list[list[int]] = [[] for _ in sizes]
     order = sorted((i for i, group in enumerate(groups) if group is not None), key=place)
     for _, members in groupby(order, key=groups.__getitem__):
-        for part, size in zip(parts, sizes):
-            if len(part) < size:
-                part += members
-                break
+        part = next((part for part, size in zip(parts, sizes) if len(part) < size), [])
+        part += members
     return parts
 
 
@@ -134,11 +128,10 @@ def clean_finqa_gold(answer: str) -> str:
     """FinQA's `answer` as yes, no, [-][$]digits[.digits][%| million], or text as it is.
 
     `answer` is what the annotator wrote ("14%"), `exe_ans` what the annotated program gives
-    (0.14464). They differ in substance on about 6% of rows. `answer` is the gold: it is short,
-    and the paper counts the rows that have one. Only notation changes: "\\n", spaces, thousands
-    separators, what is counted ("101 stores" -> "101") and a second form ("$ 500 or $ .5
-    thousand" -> "$500") go; "( 4.2 )" becomes "-4.2", ".5%" "0.5%", "14 percent" "14%". With
-    another unit it stays as it is ("25 basis points", "$1.2B")."""
+    (0.14464). In substance they differ on about 6% of rows. `answer` is the gold, as in the
+    paper's row counts. Only notation changes. Spaces, "\\n", thousands separators, what is counted
+    ("101 stores" -> "101") and a second form ("$500 or $.5 thousand" -> "$500") go. "( 4.2 )"
+    becomes "-4.2", ".5%" "0.5%", "14 percent" "14%". "25 basis points" or "$1.2B" stays."""
     answer = " ".join(re.sub(r"\\+n", " ", answer).split())
     if answer.lower().rstrip(" .") in ("yes", "no"):
         return answer.lower().rstrip(" .")
@@ -154,7 +147,7 @@ def clean_finqa_gold(answer: str) -> str:
 
 
 def finqa_form(gold: str) -> str:
-    """The sentence of the warm prompt that gives the form of a gold from `clean_finqa_gold`."""
+    """The sentence of the warm prompt that gives the form of a gold of `clean_finqa_gold`."""
     amount = re.fullmatch(r"-?(\$?)[0-9]+(?:\.([0-9]+))?(%| [a-z]+)?", gold)
     if not amount:
         return YES_NO if gold in ("yes", "no") else "Answer with a short phrase, and nothing else."
@@ -194,7 +187,6 @@ def _list(value, kind: type = str) -> list:
 
 
 def _record(id_, task: str, context: str, question: str, form: str, gold: str, **more) -> Record:
-    """A record: the cold prompt, and the warm one around it."""
     cold = f"{context}\n\nQuestion: {question.strip()}"
     return Record(id_, f"{task}\n\n{cold}\n\n{form}", cold, gold, **more)
 
@@ -209,9 +201,8 @@ def _multi_hop(row: dict, paragraphs: list[tuple[str, str]], aliases: Sequence[s
     task = ("Below are titled paragraphs. Answer the question from them; it takes facts from "
             "more than one, so combine them step by step before you answer.")
     context = "\n\n".join("\n".join(_list([title, text])) for title, text in paragraphs)
-    aliases = tuple(alias for alias in aliases if alias.strip() and alias != gold)
-    return _record(multi_hop_group(row), task, context, row["question"], form, gold,
-                   aliases=aliases)
+    also = tuple(alias for alias in aliases if alias.strip() and alias != gold)
+    return _record(multi_hop_group(row), task, context, row["question"], form, gold, aliases=also)
 
 
 def hotpotqa_record(row: dict, gold_only: bool = False) -> Record:
@@ -278,8 +269,7 @@ def _hub_rows(spec: Benchmark, split: str, hint: str):
         from datasets import load_dataset
         return load_dataset(spec.hub, spec.config, split=split, revision=spec.revision)
     except Exception as error:  # offline, timed out, moved, not installed: the way out is one
-        kind = type(error).__name__
-        raise UserError(f"cannot load {spec.hub} from the Hub ({kind}); {hint}") from None
+        raise UserError(f"no {spec.hub} from the Hub: {type(error).__name__}; {hint}") from None
 
 
 def _file_rows(file: Path, hint: str) -> list[dict]:
@@ -339,18 +329,16 @@ def _load_benchmark(name: str, path: Path | None, split: str, limit: int | None)
 def dataset_name(data: str) -> str:
     """What verdicts and defaults go by: ledger, finqa, hotpotqa, musique, or else custom."""
     name, path = data.split(":")[0], os.path.expanduser(data)
-    if name in BENCHMARKS:
+    if name in BENCHMARKS or data == "ledger":
         return name.removesuffix("-gold")
-    is_ledger = data == "ledger" or os.path.exists(path) and os.path.samefile(path, LEDGER)
-    return "ledger" if is_ledger else "custom"
+    return "ledger" if os.path.exists(path) and os.path.samefile(path, LEDGER) else "custom"
 
 
 def load(data: str, split: str, limit: int | None = None) -> list[Record]:
     """The records of a split, at most `limit`; `data` as at the top of this file. UserError, in
     one line, for what cannot be loaded. Prompts are not measured here."""
     name, colon, location = data.partition(":")
-    if name not in BENCHMARKS:
-        name, location = "", data
+    name, location = (name, location) if name in BENCHMARKS else ("", data)
     path = LEDGER if data == "ledger" else Path(os.path.expanduser(location))
     with named(data):
         if name and not colon:
