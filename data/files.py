@@ -46,9 +46,8 @@ def read_json(path: str | Path) -> dict:
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """(line number, object) of each line that is not blank. UserError names the file and line."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            yield number, parse(line, f"{path}, line {number}")
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return ((n, parse(line, f"{path}, line {n}")) for n, line in lines if line.strip())
 
 
 def read_log(path: str | Path) -> list[dict]:
@@ -113,8 +112,7 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def open_folder(folder: Path, new: bool):
-    """Makes a folder, or opens one, and locks it until the end, or until the process ends.
-    UserError if a new one holds something. One in which nothing was written is removed."""
+    """Makes or opens a folder, and locks it. A new one must be empty; if it stays so, it goes."""
     made = not folder.exists()
     with named(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +124,7 @@ def open_folder(folder: Path, new: bool):
             raise UserError(f"another process is running in {folder}") from None
     try:
         if new and os.listdir(folder) != ["lock"]:
-            raise UserError(f"{folder} already holds something: another --out, or --resume it")
+            raise UserError(f"{folder} already holds something: give another --out, or --resume")
         yield
     finally:
         file.close()
