@@ -196,10 +196,10 @@ class Scribe:
     def __init__(self, template, answers):
         self.template, self.seeds, self.answers = template, [], answers
 
-    def sample(self, prompts, begun, seeds, budget, stop):
-        self.seeds.append(list(seeds))
-        given = self.answers if any(begun) else [self.template.close]
-        return [(given[row % len(given)], [-1.0]) for row in range(len(seeds))]
+    def sample(self, rows, budget, stop):
+        self.seeds.append([seed for *_, seed in rows])
+        given = self.answers if any(begun for _, begun, _ in rows) else [self.template.close]
+        return [(given[i % len(given)], [-1.0]) for i in range(len(rows))]
 
 
 @pytest.fixture
