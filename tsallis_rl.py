@@ -473,22 +473,22 @@ def seeded(seed: int) -> torch.Generator:
 # Both engines sample at temperature 1 from the whole vocabulary, because this is the
 # distribution that section 7 scores.
 Sampled = tuple[Ids, list[float]]  # ids and their log-probabilities
+Row = tuple[Ids, Ids, int]  # a prompt, what is begun of its response, a seed
 
 
 def generate(engine, prompts: list[Ids], seeds: list[int], n: int, think_budget: int,
              answer_budget: int) -> list[list[Rollout]]:
     """n rollouts of each prompt: a rationale, the forced tokens, then an answer. GARL and
     PAFT need no sampled answer (answer_budget = 0)."""
-    template, rows = engine.template, [prompt for prompt in prompts for _ in range(n)]
-    seeds = [seed + m for seed in seeds for m in range(n)]
-    thoughts = engine.sample(rows, [[]] * len(rows), seeds, think_budget, template.stop())
+    template = engine.template
+    rows = [(prompt, [], seed + m) for prompt, seed in zip(prompts, seeds) for m in range(n)]
+    thoughts = engine.sample(rows, think_budget, template.stop())
     forced = [template.forced(z) for z, _ in thoughts]
     answers = [([], [])] * len(rows)
-    if answer_budget:
-        begun = [z + f for (z, _), f in zip(thoughts, forced)]
-        # with the rationale's seed an answer would repeat its random numbers
-        seeds = [seed_of(seed, "answer") for seed in seeds]
-        answers = engine.sample(rows, begun, seeds, answer_budget, template.ends)
+    if answer_budget:  # with the rationale's seed an answer would repeat its random numbers
+        rows = [(prompt, z + f, seed_of(seed, "answer"))
+                for (prompt, _, seed), (z, _), f in zip(rows, thoughts, forced)]
+        answers = engine.sample(rows, answer_budget, template.ends)
     rollouts = [Rollout(*thought, f, y) for thought, f, (y, _) in zip(thoughts, forced, answers)]
     return [rollouts[i:i + n] for i in range(0, len(rows), n)]
 
@@ -503,53 +503,49 @@ class HFRollouts:
         """Nothing to do: the weights are the trainer's."""
 
     @torch.no_grad()
-    def sample(self, prompts: list[Ids], begun: list[Ids], seeds: list[int], budget: int,
-               stop: set[int]) -> list[Sampled]:
-        """Continue each prompt, and what is begun of its response, until a token of `stop`
-        or for `budget` tokens. A token is where the cumulative distribution passes a uniform
-        number from the row's own seed. So a row does not depend on what shares its batch."""
-        longest = max((len(p) + len(b) for p, b in zip(prompts, begun)), default=0) + budget
+    def sample(self, rows: list[Row], budget: int, stop: set[int]) -> list[Sampled]:
+        """Continue each row until a token of `stop`, or for `budget` tokens. A token is where
+        the cumulative distribution passes a uniform number from the row's own seed. So a row
+        does not depend on what shares its batch."""
+        longest = max((len(prompt) + len(begun) for prompt, begun, _ in rows), default=0) + budget
         # a token in a cache takes about a twentieth of the memory of a trained one
-        R = max(1, 4 * self.config.token_budget // longest)
-        if len(prompts) > R:
-            halves = slice(len(prompts) // 2), slice(len(prompts) // 2, None)
-            return [row for half in halves for row in self.sample(
-                prompts[half], begun[half], seeds[half], budget, stop)]
-        if not prompts:
+        if len(rows) * longest > 4 * self.config.token_budget and len(rows) > 1:
+            half = len(rows) // 2
+            return self.sample(rows[:half], budget, stop) + self.sample(rows[half:], budget, stop)
+        if not rows:
             return []
-        uniform = [torch.rand(budget, dtype=torch.float64, generator=seeded(s)) for s in seeds]
-        uniform = torch.stack(uniform).to(self.model.device)  # (R, T)
-        samples, running = [([], []) for _ in seeds], [True] * len(seeds)
-        rows = list(range(len(seeds)))  # row numbers, in the order of the batch
+        uniform = torch.stack([torch.rand(budget, dtype=torch.float64, generator=seeded(seed))
+                               for *_, seed in rows]).to(self.model.device)  # (R, T)
+        samples, running = [([], []) for _ in rows], [True] * len(rows)
+        batch = list(range(len(rows)))  # the rows that are still in the batch
         with autocast(self.model, self.config):
-            cache, ids, mask = self.run_prompts(prompts, begun)
+            cache, ids, mask = self.run_prompts(rows)
             for t in range(budget):
-                token, log_p = draw(next_logits(self.model, ids, mask, cache), uniform[rows, t])
-                for row, i, x in zip(rows, token.tolist(), log_p.tolist()):
+                token, log_p = draw(next_logits(self.model, ids, mask, cache), uniform[batch, t])
+                for row, i, x in zip(batch, token.tolist(), log_p.tolist()):
                     if running[row]:
                         samples[row][0].append(i)
                         samples[row][1].append(x)
                         running[row] = i not in stop
-                keep = [k for k, row in enumerate(rows) if running[row]]
+                keep = [k for k, row in enumerate(batch) if running[row]]
                 if not keep:
                     break
-                if len(keep) <= 0.75 * len(rows):  # copies the cache, so not for every end
-                    rows, token, mask = [rows[k] for k in keep], token[keep], mask[keep]
+                if len(keep) <= 0.75 * len(batch):  # copies the cache, so not for every end
+                    batch, token, mask = [batch[k] for k in keep], token[keep], mask[keep]
                     cache.batch_select_indices(torch.tensor(keep, device=mask.device))
                 ids, mask = token[:, None], F.pad(mask, (0, 1), value=1)
         return samples
 
-    def run_prompts(self, prompts: list[Ids], begun: list[Ids]) -> tuple[Cache, Tensor, Tensor]:
+    def run_prompts(self, rows: list[Row]) -> tuple[Cache, Tensor, Tensor]:
         """The cache of all prompts without their last tokens, the ids that come next, (R, T),
         and the mask of both. A prompt that rows share runs once."""
-        device = self.model.device
-        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        copies = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
-        cache = Cache(layer_class_to_replicate=CastLayer)
-        firsts = [prompt[:-1] for prompt in distinct]
-        rests = [prompt[-1:] + b for prompt, b in zip(prompts, begun)]
-        mask, more = (pad([[1] * len(row) for row in rows], device, "left")
-                      for rows in (firsts, rests))
+        device, cache = self.model.device, Cache(layer_class_to_replicate=CastLayer)
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(x) for x, *_ in rows))}
+        copies = torch.tensor([place[tuple(prompt)] for prompt, *_ in rows], device=device)
+        firsts = [prompt[:-1] for prompt in place]
+        rests = [prompt[-1:] + begun for prompt, begun, _ in rows]
+        mask, more = (pad([[1] * len(ids) for ids in part], device, "left")
+                      for part in (firsts, rests))
         next_logits(self.model, pad(firsts, device, "left"), mask, cache)
         cache.batch_select_indices(copies)
         return cache, pad(rests, device, "left"), torch.cat([mask[copies], more], 1)
@@ -606,15 +602,14 @@ class VLLMRollouts:
         if not self.llm.reset_prefix_cache():
             raise UserError("vLLM kept keys and values of the old weights")
 
-    def sample(self, prompts: list[Ids], begun: list[Ids], seeds: list[int], budget: int,
-               stop: set[int]) -> list[Sampled]:
+    def sample(self, rows: list[Row], budget: int, stop: set[int]) -> list[Sampled]:
         """As `HFRollouts.sample`."""
         params = [self.SamplingParams(  # all that could change the distribution is spelled out
             seed=seed, max_tokens=budget, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
             presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0,
             ignore_eos=True, stop_token_ids=list(stop), detokenize=False,
-            logprobs=0, flat_logprobs=True) for seed in seeds]
-        contexts = [{"prompt_token_ids": prompt + b} for prompt, b in zip(prompts, begun)]
+            logprobs=0, flat_logprobs=True) for *_, seed in rows]
+        contexts = [{"prompt_token_ids": prompt + begun} for prompt, begun, _ in rows]
         outputs = [o.outputs[0] for o in self.llm.generate(contexts, params, use_tqdm=False)]
         return [(list(o.token_ids), list(o.logprobs.logprobs)) for o in outputs]
 
@@ -674,20 +669,6 @@ class CastLayer(DynamicLayer):
         return super().update(key.to(value.dtype), value)
 
 
-class PromptLayer(DynamicLayer):
-    """A layer's cache of one prompt, for R responses. It keeps nothing of what is new."""
-
-    def __init__(self, key: Tensor, value: Tensor):
-        super().__init__()
-        self.keys, self.values, self.is_initialized = key, value, True  # (1, G, S, D)
-
-    def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        """[prompt, new] for each row, in the dtype of the new values."""
-        R, dtype = len(value), value.dtype
-        keys, values = (x.to(dtype).expand(R, -1, -1, -1) for x in (self.keys, self.values))
-        return torch.cat([keys, key.to(dtype)], -2), torch.cat([values, value], -2)
-
-
 CHUNK = {"cpu": 2**25, "cuda": 2**27}  # logits in memory at once
 
 
@@ -744,7 +725,7 @@ class SharedPrompt:
     """
 
     def __init__(self, model, prompt: Ids, config: Config):
-        self.model, self.config = model, config
+        self.model, self.config, self.dtype = model, config, getattr(torch, config.dtype)
         # the last prompt token is run with the response, because it predicts z's first token
         self.length, self.last = len(prompt) - 1, prompt[-1]
         cache = DynamicCache()
@@ -757,18 +738,19 @@ class SharedPrompt:
     def log_probs(self, ids: Tensor, scored: Tensor) -> Tensor:
         """log p of the scored tokens, 0 elsewhere: (R, T), (R, T) -> (R, T). Padding is on
         the right, where no token looks."""
-        cache = Cache(layers=[PromptLayer(k, v) for k, v in
-                              zip(self.leaves[::2], self.leaves[1::2])])
+        R, T = ids.shape
+        cache = Cache(layers=[CastLayer() for _ in self.leaves[::2]])
+        for layer, k, v in zip(cache.layers, self.leaves[::2], self.leaves[1::2]):
+            layer.keys, layer.values = (x.to(self.dtype).expand(R, -1, -1, -1) for x in (k, v))
+            layer.is_initialized = True  # no copy so far: each row reads the prompt's own
         inputs = F.pad(ids[:, :-1], (1, 0), value=self.last)
-        position = torch.arange(ids.shape[1], device=ids.device)[None] + self.length
+        position = torch.arange(self.length, self.length + T, device=ids.device)[None]
         with autocast(self.model, self.config):
             hidden = self.model.base_model(
                 input_ids=inputs, position_ids=position, use_cache=True,
                 **{cache_name(self.model): cache}).last_hidden_state  # (R, T, D)
-        if self.config.dtype == "bfloat16":
-            hidden = hidden.bfloat16()  # the last norm makes float32
         weight = self.model.get_output_embeddings().weight
-        log_p = token_log_probs(hidden[scored], weight, ids[scored])
+        log_p = token_log_probs(hidden[scored].to(self.dtype), weight, ids[scored])
         return torch.zeros_like(ids, dtype=log_p.dtype).masked_scatter(scored, log_p)
 
     def backward(self) -> None:
@@ -782,8 +764,7 @@ class SharedPrompt:
         keeps about the inputs and outputs of all matrices, 4 bytes each."""
         shapes = [p.shape for p in self.model.base_model.parameters() if p.dim() == 2]
         kept = 4 * (sum(map(sum, shapes)) - sum(self.model.get_input_embeddings().weight.shape))
-        size = 2 if self.config.dtype == "bfloat16" else 4
-        return math.ceil(size * sum(x.numel() for x in self.leaves) / kept)
+        return math.ceil(sum(x.numel() * self.dtype.itemsize for x in self.leaves) / kept)
 
 
 class Group(NamedTuple):

@@ -30,7 +30,7 @@ def test_sampler_log_probs(random_model, lab, config):
     begun = [[], [20, 21, 22], [], [23]]
     for budget in (8192, 20):  # one batch, or one for each row
         engine = HFRollouts(random_model, lab[1], config(token_budget=budget))
-        samples = engine.sample(prompts, begun, [1, 2, 3, 4], 10, lab[1].stop())
+        samples = engine.sample(list(zip(prompts, begun, [1, 2, 3, 4])), 10, lab[1].stop())
         for prompt, start, (ids, log_p) in zip(prompts, begun, samples):
             plain = plain_log_probs(random_model, prompt + start, ids)
             torch.testing.assert_close(torch.tensor(log_p), plain, rtol=0, atol=1e-4)
@@ -193,7 +193,7 @@ def test_distribution(random_model, lab, config):
     """Two sampled tokens have the model's joint distribution, by a chi-square test."""
     prompt, n = [7, 30, 12, 45], 4000
     pairs = HFRollouts(random_model, lab[1], config()).sample(
-        [prompt] * n, [[]] * n, list(range(n)), 2, set())
+        [(prompt, [], seed) for seed in range(n)], 2, set())
     with torch.no_grad():
         one = random_model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
         after = torch.tensor([prompt + [i] for i in range(len(one))])

@@ -1,167 +1,217 @@
-"""The whole program on the lab model: its steps, its numbers, its checkpoints, exact resuming; and it learns."""
+"""The program on small models: its steps, seeds, numbers and checkpoints; and it learns."""
 import json
 import math
 import os
-import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import transformers
+from conftest import SMALL, program, rows, same, weights
 
-import data.models
 import tsallis_rl
 from data import Record
-from data.models import vllm_runs_here
-from tsallis_rl import (FORCED, Group, HFRollouts, Response, Rollout, Run, batch_of, coefficients, encode, generate, main,
-                        prompt_metrics, sample_answers, sample_groups, step_metrics, update)
-
-CPU = torch.device("cpu")
-SMALL = ["--rollout", "hf", "--M", "4", "--batch-size", "2", "--limit", "24", "--eval-every", "2", "--eval-samples", "4"]
+from data.files import UserError
+from tsallis_rl import (FORCED, Config, Group, HFRollouts, Rollout, Run, batch_of, check_sampler,
+                        coefficients, encode, generate, prompt_metrics, q_of, sample_answers,
+                        sample_groups)
 
 
-def rows(run, name="metrics.jsonl"):
-    """The rows of a log, without wall-clock times."""
-    lines = [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in lines]
-
-
-def weights(run, name="last"):
-    return load_file(Path(run) / name / "model.safetensors")
-
-
-def same(one, two):
-    """Two runs are one: logs, and checkpoints bit for bit."""
-    for log in ("metrics.jsonl", "samples.jsonl"):
-        assert rows(one, log) == rows(two, log)
-    for name in ("last", "best"):
-        a, b = weights(one, name), weights(two, name)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.mark.parametrize("method, optimizer", (("garl", "adamw"), ("paft", "adamw"), ("paft", "sgd"), ("grpo", "adamw")))
-def test_a_run_stopped_on_or_off_the_grid_of_validations_and_resumed_is_the_whole_run_bit_for_bit(method, optimizer, small, tmp_path):
-    # GRPO on the lab model: a random one earns no reward
-    start = [*(SMALL if method == "grpo" else small), "--eval-every", "2", "--method", method, "--optimizer", optimizer]
+# --- Runs, checkpoints, --resume ----------------------------------------------------------
+@pytest.mark.parametrize("method, optimizer", (
+    ("garl", "adamw"), ("paft", "adamw"), ("paft", "sgd"), ("grpo", "adamw")))
+def test_resume(method, optimizer, small, tmp_path):
+    """A run that stopped, at a validation or between two, is the whole run bit for bit."""
+    start = SMALL if method == "grpo" else small  # a random model earns no reward
+    start = [*start, "--eval-every", "2", "--method", method, "--optimizer", optimizer]
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
-    assert main([*start, "--steps", "4", "--out", whole]) == 0
-    assert main([*start, "--steps", "1", "--out", parts]) == 0
-    assert {k for row in rows(parts)[1:] for k in row if k.startswith("val_")} == set(), "no validation off the grid"
-    assert main(["--resume", parts, "--steps", "2"]) == 0
-    assert main(["--resume", parts, "--steps", "3"]) == 0
-    assert main(["--resume", parts, "--steps", "4"]) == 0
-    same(whole, parts)
-    assert [row["step"] for row in rows(whole)] == [0, 1, 2, 3, 4]
+    assert program([*start, "--steps", "4", "--out", whole]) == 0
+    assert program([*start, "--steps", "3", "--out", parts]) == 0
+    assert "val_maj@2" not in rows(parts)[3]
+    assert program(["--resume", parts, "--steps", "4"]) == 0
+    assert same(whole, parts) and [row["step"] for row in rows(whole)] == [0, 1, 2, 3, 4]
 
 
 def scripted(monkeypatch, figures):
     """Validations whose maj@2 is, one after the other, what the script says."""
     figures = iter(figures)
-    monkeypatch.setattr(tsallis_rl, "summarize", lambda *_: {"p@1": 0.0, "maj@2": next(figures)})
+    monkeypatch.setattr(tsallis_rl, "summarize", lambda *_: {"maj@2": next(figures)})
 
 
 def step_of(run, name):
     return torch.load(Path(run) / name / "trainer.pt", weights_only=True)["step"]
 
 
-@pytest.mark.parametrize("stop", (None, 1, 2, 3))
-def test_best_is_the_earliest_of_the_highest_validations_also_across_a_resume(stop, small, tmp_path, monkeypatch):
-    run, arguments = str(tmp_path / "run"), [*small, "--lr", "1e-2"]
-    scripted(monkeypatch, [5.0, 10.0, 30.0, 30.0, 20.0])  # of steps 0 to 4
+@pytest.mark.parametrize("stop", (None, 1, 2))
+@pytest.mark.parametrize("script, best", (([5, 30, 20, 25], 1), ([5, 10, 10, 7], 1),
+                                          ([9, 3, 8, 4], 0), ([0, 1, 2, 3], 3)))
+def test_best(script, best, stop, small, tmp_path, monkeypatch):
+    """best is the first of the highest validations, also when the run was resumed."""
+    run = str(tmp_path / "run")
+    scripted(monkeypatch, script)  # steps 0 to 3
     if stop:
-        assert main([*arguments, "--steps", str(stop), "--out", run]) == 0
-    assert main([*(["--resume", run] if stop else [*arguments, "--out", run]), "--steps", "4"]) == 0
-    assert step_of(run, "best") == 2 and step_of(run, "last") == 4
-    best, last = weights(run, "best"), weights(run, "last")
-    assert any(not torch.equal(best[k], last[k]) for k in best)
+        assert program([*small, "--steps", str(stop), "--out", run]) == 0
+    rest = ["--resume", run] if stop else [*small, "--out", run]
+    assert program([*rest, "--steps", "3"]) == 0
+    assert step_of(run, "best") == best and step_of(run, "last") == 3
 
 
-def test_the_last_step_of_a_run_is_saved_but_not_validated_off_the_grid_so_that_best_stays_what_it_would_be(small, tmp_path, monkeypatch):
-    run = str(tmp_path / "run")
-    scripted(monkeypatch, [10.0, 20.0, 15.0])  # steps 0, 2 and 4: a validation at 3 would run out of script
-    assert main([*small, "--eval-every", "2", "--steps", "3", "--out", run]) == 0
-    assert step_of(run, "best") == 2 and step_of(run, "last") == 3
-    assert main(["--resume", run, "--steps", "4"]) == 0
-    assert step_of(run, "best") == 2 and [row["step"] for row in rows(run) if "val_maj@2" in row] == [0, 2, 4]
+def test_eval_every(small, tmp_path, monkeypatch):
+    """A short run validates its last step; off the grid the last step is saved alone."""
+    run, long = str(tmp_path / "run"), str(tmp_path / "long")
+    scripted(monkeypatch, [10, 20])
+    assert program([*small, "--eval-every", "40", "--steps", "2", "--out", run]) == 0
+    assert step_of(run, "best") == 2 and [len(r) > 2 for r in rows(run)] == [False, True, True]
+    scripted(monkeypatch, [10, 20])
+    assert program([*small, "--eval-every", "2", "--steps", "3", "--out", long]) == 0
+    assert step_of(long, "best") == 2 and step_of(long, "last") == 3
 
 
-def test_a_run_is_one_folder_with_checkpoints_that_transformers_loads(tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    assert main([*SMALL, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "lock", "metrics.jsonl", "samples.jsonl", "best", "last"}
-    settings = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert settings["settings"]["think_budget"] and settings["versions"]["torch"] == torch.__version__
-    for name in ("best", "last"):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name)
-        assert AutoTokenizer.from_pretrained(tmp_path / "run" / name).eos_token == "<|im_end|>"
-        assert sum(p.numel() for p in model.parameters()) > 1e6
-    [best, other] = rows(tmp_path / "run", "samples.jsonl")
-    assert best["log_w"] >= other["log_w"] and best["rationale"]
-
-
-def test_every_epoch_is_a_permutation_of_its_own(config):
-    settings = config(batch_size=5)
-    epochs = [i for step in range(1, 5) for i, _ in batch_of(step, settings, 10)]
-    assert sorted(epochs[:10]) == sorted(epochs[10:]) == list(range(10)) and epochs[:10] != epochs[10:]
-    assert epochs[:5] != [i for i, _ in batch_of(1, config(batch_size=5, seed=1), 10)]
-    assert [epoch for step in (1, 2, 3) for _, epoch in batch_of(step, config(batch_size=3), 4)] == [0] * 4 + [1] * 4 + [2]
-
-
-def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(small, tmp_path, capsys):
+def test_folder(tmp_path):
+    """A run is one folder, with checkpoints that transformers loads."""
     run = tmp_path / "run"
-    assert main([*small, "--steps", "1", "--out", str(run)]) == 0
-    before, limits = weights(run), resource.getrlimit(resource.RLIMIT_FSIZE)
-    capsys.readouterr()
-    # a limit on the size of a file stands in for the end of the disk: the model's write fails half way
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    assert program([*SMALL, "--steps", "2", "--method", "garl", "--eps", "1e-6",
+                    "--out", str(run)]) == 0
+    assert {p.name for p in run.iterdir()} == {"config.json", "lock", "metrics.jsonl",
+                                               "samples.jsonl", "best", "last"}
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    assert settings["think_budget"] == 24 and settings["eps"] == 1e-6
+    for name in ("best", "last"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(run / name)
+        assert all(torch.equal(model.state_dict()[k], w) for k, w in weights(run, name).items())
+        assert transformers.AutoTokenizer.from_pretrained(run / name).eos_token == "<|im_end|>"
+    assert len(rows(run, "samples.jsonl")) == 2
+    state = torch.load(run / "last" / "trainer.pt", weights_only=True)["optimizer"]
+    assert state["param_groups"][0]["eps"] == 1e-6 and state["param_groups"][0]["lr"] == 3e-4 * 2 / 5
+    # asked for a state that is not there, torch makes one by a step: then this is 3
+    assert {float(s["step"]) for s in state["state"].values()} == {2.0}
+
+
+def test_step_0(small, tmp_path):
+    """Step 0 validates the model as it comes and moves neither weights nor AdamW's state."""
+    run = tmp_path / "run"
+    assert program([*SMALL, "--method", "garl", "--steps", "0", "--out", str(run)]) == 0
+    assert [row.keys() for row in rows(run)] == [{"step", "val_p@1", "val_p@4", "val_maj@4"}]
+    assert not torch.load(run / "last" / "trainer.pt", weights_only=True)["optimizer"]["state"]
+    start = weights(tsallis_rl.LAB_MODEL, ".")
+    assert all(torch.equal(w, start[name]) for name, w in weights(run).items())
+
+
+def test_refused(small, tmp_path, capsys):
+    """A run is not overwritten, and keeps its settings, its records and its validation."""
+    run, data = str(tmp_path / "run"), tmp_path / "data"
+    data.mkdir()
+    source = Path(tsallis_rl.LAB_MODEL).parent
+    for split in ("train", "validation"):
+        lines = (source / f"{split}.jsonl").read_text().splitlines(True)[:8]
+        (data / f"{split}.jsonl").write_text("".join(lines))
+    assert program([*small, "--data", str(data), "--steps", "1", "--out", run]) == 0
+    before = rows(run)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    other = {"data": "ledger", "model": "x", "start": "cold", "method": "garl",
+             "optimizer": "sgd", "dtype": "bfloat16", "out": None}
+    changes = {k: str(other.get(k, 0.5 if isinstance(v, float) else 7)) for k, v in saved.items()
+               if k not in tsallis_rl.MAY_CHANGE}
+    assert len(changes) > 20 and {"q", "q_end", "seed", "K", "limit", "eval_limit"} < set(changes)
+    for name, value in changes.items():
+        option = "--" + name.replace("_", "-")
+        assert program(["--resume", run, option, value, "--steps", "2"]) == 2
+        error = capsys.readouterr().err
+        assert name in error and error.count("\n") == 1
+    assert program([*small, "--steps", "2", "--out", run]) == 2
+    for split in ("train", "validation"):
+        text = (data / f"{split}.jsonl").read_text()
+        (data / f"{split}.jsonl").write_text(text.replace('"answer": "', '"answer": "1', 1))
+        assert program(["--resume", run, "--steps", "2"]) == 2
+        assert "records" in capsys.readouterr().err and rows(run) == before
+        (data / f"{split}.jsonl").write_text(text)
+    assert program(["--resume", run, "--steps", "2", "--token-budget", "99"]) == 0
+
+
+@pytest.mark.parametrize("options", (["--data", "finqa"], ["--model", "Qwen/Qwen3-0.6B"],
+                                     ["--rollout", "vllm"], ["--q", "1.5"], ["--M", "1"],
+                                     ["--method", "PAFT"], ["--batch-size", "0"], ["--what"]))
+def test_one_line(options, small, tmp_path, capsys):
+    """What cannot be loaded or is out of range is one line and code 2, and leaves nothing."""
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
     try:
-        assert main(["--resume", str(run), "--steps", "2"]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    error = capsys.readouterr().err
-    assert error.startswith("error: could not save") and error.count("\n") == 1 and f"--resume {run}" in error
-    after = weights(run)
-    assert all(torch.equal(before[k], after[k]) for k in before) and not (run / "last.new").exists()
-    assert main(["--resume", str(run), "--steps", "2"]) == 0
+        assert program([*small, *options, "--out", str(tmp_path / "run")]) == 2
+    except SystemExit as exit:  # argparse's
+        assert exit.code == 2
+    assert capsys.readouterr().err.strip().count("\n") == 0 and not (tmp_path / "run").exists()
+    assert options[0] != "--method" or "vllm" not in sys.modules
 
 
-def test_a_checkpoint_cut_off_between_its_two_renames_is_found(small, tmp_path):
-    assert main([*small, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
-    (tmp_path / "run" / "last").rename(tmp_path / "run" / "last.old")
-    assert main(["--resume", str(tmp_path / "run"), "--steps", "2"]) == 0
+def test_limits(small, lab, tmp_path, monkeypatch):
+    """--limit and --eval-limit reach every data set, and a prompt too long is not trained."""
+    def load(data, split, limit):
+        asked[split] = (data, limit)
+        return [Record(str(n), "item " * n, "item", "5") for n in (1, 30, 2, 40, 3)]
+
+    def generate(engine, prompts, *rest):
+        seen.extend(prompts)
+        return real(engine, prompts, *rest)
+
+    asked, seen, real = {}, [], tsallis_rl.generate
+    monkeypatch.setattr(tsallis_rl, "load", load)
+    monkeypatch.setattr(tsallis_rl, "generate", generate)
+    limit = len(lab[1].prompt("item " * 3))
+    assert program([*small, "--data", "hotpotqa", "--limit", "6", "--eval-limit", "3", "--steps",
+                    "3", "--prompt-limit", str(limit), "--out", str(tmp_path / "run")]) == 0
+    assert asked == {"train": ("hotpotqa", 6), "validation": ("hotpotqa", 3)}
+    assert set(map(tuple, seen)) == {tuple(lab[1].prompt("item " * n)) for n in (1, 2, 3)}
 
 
-def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(tmp_path, monkeypatch, capsys):
-    sample = HFRollouts.sample
-    stale = lambda *args: [(ids, [x - 0.01 for x in log_p]) for ids, log_p in sample(*args)]
+# --- Seeds ------------------------------------------------------------------------------
+def test_batches(config):
+    """Every epoch is a permutation of its own, and depends on the seed."""
+    settings = config(batch_size=5)
+    order = [i for step in range(1, 5) for _, i in batch_of(step, settings, 10)]
+    assert sorted(order[:10]) == sorted(order[10:]) == [*range(10)] and order[:10] != order[10:]
+    assert order[:5] != [i for _, i in batch_of(1, config(batch_size=5, seed=1), 10)]
+    assert [e for s in (1, 2, 3) for e, _ in batch_of(s, config(batch_size=3), 4)] == [
+        0, 0, 0, 0, 1, 1, 1, 1, 2]
 
-    run = str(tmp_path / "run")
-    monkeypatch.setattr(HFRollouts, "sample", stale)
-    assert main([*SMALL, "--steps", "2", "--out", run]) == 2
-    error = capsys.readouterr().err
-    assert "sampler and trainer disagree by 0.01 nats" in error and "there is no checkpoint yet" in error
-    assert rows(run)[-1]["sampler_gap_mean"] == pytest.approx(0.01, rel=0.01)  # the evidence is logged
-    monkeypatch.undo()
-    assert main([*SMALL, "--steps", "2", "--out", run]) == 0  # so it may start over
-    monkeypatch.setattr(HFRollouts, "sample", stale)
-    assert main(["--resume", run, "--steps", "3"]) == 2
-    assert f"the last good checkpoint is {run}/last" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert main(["--resume", run, "--steps", "3"]) == 0
-    assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
+
+@pytest.mark.parametrize("method", ("paft", "grpo"))
+def test_every_draw_has_its_seed(method, tmp_path, monkeypatch):
+    """No two random numbers of a run share a seed, also where a generator keeps 32 bits and
+    a record comes twice in a step."""
+    seeds, real = [], tsallis_rl.seeded
+    monkeypatch.setattr(tsallis_rl, "seeded", lambda seed: (seeds.append(seed), real(seed))[1])
+    assert program([*SMALL, "--limit", "3", "--batch-size", "4", "--method", method, "--steps",
+                    "3", "--eval-every", "4", "--out", str(tmp_path / "run")]) == 0
+    step = 4 * 4 * (2 if method == "grpo" else 1) + 4 * (method == "paft")
+    assert len(seeds) == 2 * 3 * 4 * 2 + 3 * step  # two validations of 3 prompts, 4 samples
+    again = [3 * 4 * 2, len(seeds) - 3 * 4 * 2]
+    assert seeds[:again[0]] == seeds[again[1]:]  # validations repeat theirs
+    assert len({seed % 2**32 for seed in seeds}) == again[1]
+
+
+class Scribe:
+    """An engine that keeps the seeds it is given, and answers what it is told."""
+
+    def __init__(self, template, answers):
+        self.template, self.seeds, self.answers = template, [], answers
+
+    def sample(self, rows, budget, stop):
+        self.seeds.append([seed for *_, seed in rows])
+        given = self.answers if any(begun for _, begun, _ in rows) else [self.template.close]
+        return [(given[i % len(given)], [-1.0]) for i in range(len(rows))]
 
 
 @pytest.fixture
 def make_run(lab, config, tmp_path):
-    """A Run on the lab model (or another one) that was not started by the program: make_run(records, engine=..., **settings)."""
-    def make(records, model=None, engine=None, **settings):
+    """A run of the lab model, without its start: make_run(records, answers, **settings)."""
+    def make(records, answers=None, **settings):
         settings = config(**{"rollout": "hf", "M": 4, "batch_size": 2, "eval_samples": 4} | settings)
-        model, fmt = model or lab[0], lab[1]
-        examples = encode(records, settings, fmt, 512)
+        model, template = lab
+        engine = Scribe(template, answers) if answers else HFRollouts(model, template, settings)
+        examples = encode(records, settings, template, model, training=True)
         optimizer = tsallis_rl.make_optimizer(model, settings)
-        return Run(settings, tmp_path, model, engine or HFRollouts(model, fmt, settings), optimizer, examples, examples)
+        return Run(settings, tmp_path, model, engine, optimizer, examples, examples)
     return make
 
 
@@ -169,311 +219,197 @@ def records(n):
     return [Record(str(i), f"What is {i}+3?", f"{i}+3", str(i + 3)) for i in range(n)]
 
 
-def test_a_record_that_repeats_within_a_batch_is_another_draw(make_run):
-    one, two = sample_groups(make_run(records(1)), 1)
+def test_seeds_of_steps(make_run):
+    """Steps, prompts and repeats of a record have seeds of their own; so has another run."""
+    run = make_run(records(1))
+    one, two = sample_groups(run, 1)
     assert one.record == two.record and [r.z for r in one.rollouts] != [r.z for r in two.rollouts]
-
-
-# --- Seeds ------------------------------------------------------------------------------------------------------------
-class Scribe:
-    """An engine that keeps the seeds it is given and answers "5" after an empty-handed rationale."""
-
-    def __init__(self, fmt, answer=None):
-        self.fmt, self.seeds, self.answer = fmt, [], answer or (lambda row: fmt.gold("5"))
-
-    def sync(self, model):
-        pass
-
-    def sample(self, prompts, begun, seeds, budget, thinking, scored):
-        self.seeds.append(list(seeds))
-        sampled = [list(self.fmt.close) if thinking else self.answer(row) for row in range(len(seeds))]
-        return [(ids, [-1.0] * len(ids) if scored else []) for ids in sampled]
-
-
-def test_no_answer_has_the_noise_of_a_rationale_also_where_a_generator_keeps_32_bits(lab):
-    engine = Scribe(lab[1])
-    generate(engine, [[1, 2], [3, 4]], [2**40 + 7, 2**47 + 2**33 + 50], 3, 4, 4)
-    rationales, answers = engine.seeds
-    assert rationales == [2**40 + 7, 2**40 + 8, 2**40 + 9, *(2**47 + 2**33 + i for i in (50, 51, 52))]
-    short = [seed % 2**32 for seed in rationales + answers]
-    assert len(set(short)) == len(short) == 12
-    for seed, other in zip(rationales, answers):  # nor are the streams the same, which is what counts
-        one, two = (torch.rand(4, generator=torch.Generator().manual_seed(s)) for s in (seed, other))
-        assert not torch.equal(one, two)
-
-
-class Recorder(torch.Generator):
-    """A generator that notes what it is seeded with."""
-    seeds = []
-
-    def manual_seed(self, seed):
-        Recorder.seeds.append(seed % 2**32)  # all that torch's CPU generator keeps
-        return super().manual_seed(seed)
-
-
-@pytest.mark.parametrize("method", ("garl", "paft", "grpo"))
-def test_every_random_number_of_a_run_has_a_seed_of_its_own(method, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "Generator", Recorder)
-    monkeypatch.setattr(Recorder, "seeds", [])
-    assert main([*SMALL, "--limit", "3", "--method", method, "--steps", "3", "--eval-every", "4", "--out", str(tmp_path / "run")]) == 0
-    step = 2 * 4 * (2 if method == "grpo" else 1) + 2 * (method == "paft")  # rationales, answers, resampling
-    assert len(Recorder.seeds) == 3 * 4 * 2 + 4 * step  # step 0 too; validation at the start: 3 prompts, 4 samples
-    assert len(set(Recorder.seeds)) == len(Recorder.seeds)
-
-
-def test_the_resampling_is_independent_of_the_rationales_it_draws_from(make_run, random_model, monkeypatch):
-    """With equal w every count of a prompt's rationales must be independent of their noise, or E[PAFT] is not E[GARL]."""
-    uniforms, seen, real_draw, real_resample = [], [], data.models.draw, tsallis_rl.resample
-
-    def draw(logits, uniform):
-        uniforms.extend(uniform.tolist())
-        return real_draw(logits, uniform)
-
-    def resample(*args):
-        counts = real_resample(*args)
-        seen.append(counts[0].item())
-        return counts
-
-    monkeypatch.setattr(data.models, "draw", draw)
-    monkeypatch.setattr(tsallis_rl, "resample", resample)
-    run = make_run(records(50), model=random_model, method="paft", M=2, batch_size=50, think_budget=1)
-    pairs = []  # (how often rationale 0 was drawn, the uniform numbers of both)
-    for step in range(1, 9):
-        uniforms.clear()
-        groups = sample_groups(run, step)
-        noise = {str(i): uniforms[2 * at:2 * at + 2] for at, (i, _) in enumerate(batch_of(step, run.config, 50))}
-        for group in groups:
-            coefficients(torch.full((2,), -5.0), group.seed, run.config)
-            pairs.append((seen[-1], *noise[group.record.id]))
-    n, one, two = torch.tensor(pairs, dtype=torch.float64).T
-    assert len(n) == 400 and 0.4 < n.var() < 0.6  # binomial: K p (1 - p) = 1/2
-    for u in (one, two, one - two):
-        for x in (u, (u < 0.5).double()):
-            correlation = torch.corrcoef(torch.stack([n, x]))[0, 1].item()
-            assert abs(correlation) < 4 / 400**0.5  # four standard deviations; 0.5 and more where the noise is shared
-
-
-def test_every_prompt_has_evaluation_seeds_of_its_own_and_the_same_ones_at_every_validation(make_run, lab):
-    engine = Scribe(lab[1])
-    run = make_run(records(5), engine=engine)
-    for _ in range(2):
-        assert sample_answers(engine, run.validation, run.config) == [["5"] * 4] * 5
-    rationales, answers, again, _ = engine.seeds
-    assert len(set(rationales)) == 5 * 4 and rationales == again
-    run = make_run(records(5), engine=engine, seed=1)
-    sample_answers(engine, run.validation, run.config)
-    assert not set(engine.seeds[4]) & set(rationales), "and other ones for another seed of the run"
-    run.validation[1] = (run.validation[1][0], [])  # too long: no answers, and the others keep their seeds
-    assert sample_answers(engine, run.validation, run.config)[1] is None
-    assert engine.seeds[6] == engine.seeds[4][:4] + engine.seeds[4][8:]
-
-
-def test_no_two_steps_share_a_seed(make_run):
     run = make_run(records(3))
-    seeds = [seed for step in range(1, 10) for group in sample_groups(run, step) for seed in range(group.seed, group.seed + 4)]
-    assert len(set(seeds)) == 9 * 2 * 4
+    seeds = [g.seed for step in range(1, 10) for g in sample_groups(run, step)]
+    assert len({seed + m for seed in seeds for m in range(4)}) == 9 * 2 * 4
     assert {g.seed for g in sample_groups(make_run(records(3), seed=1), 1)}.isdisjoint(seeds)
 
 
-# --- One step ---------------------------------------------------------------------------------------------------------
-def test_the_reward_is_for_the_gold_answer_with_its_end_token_and_for_nothing_that_looks_like_it(make_run, lab):
-    fmt = lab[1]
-    [four], [two] = (fmt.tokenizer.encode(digit, add_special_tokens=False) for digit in "42")
-    special = fmt.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    cases = [([four, two, fmt.end], 1), ([four, two], 0), ([four, special, two, fmt.end], 0), ([special, four, two, fmt.end], 0),
-             ([four, two, special, fmt.end], 0), ([four, two, special], 0), ([four, *fmt.close, two, fmt.end], 0),
-             ([four, fmt.end], 0), ([fmt.end], 0), ([two, four, fmt.end], 0), ([four, two, *fmt.seam, fmt.end], 1)]
-    run = make_run([Record("0", "6*7?", "6*7", "42")], engine=Scribe(fmt, lambda row: cases[row][0]), method="grpo",
-                   M=len(cases), batch_size=1)
+def test_seeds_of_validation(make_run, lab):
+    """A prompt's evaluation seeds depend on its place and the run's seed alone."""
+    run = make_run(records(5), [lab[1].gold("5")])
+    for _ in range(2):
+        assert sample_answers(run.engine, run.validation, run.config) == [["5"] * 4] * 5
+    first, _, again, _ = run.engine.seeds
+    assert len(set(first)) == 5 * 4 and first == again
+    run.validation[1] = (run.validation[1][0], [])  # too long
+    assert sample_answers(run.engine, run.validation, run.config)[1] is None
+    assert run.engine.seeds[4] == first[:4] + first[8:]
+    other = make_run(records(5), [lab[1].gold("5")], seed=1)
+    sample_answers(other.engine, other.validation, other.config)
+    assert not set(other.engine.seeds[0]) & set(first)
+
+
+# --- One step -----------------------------------------------------------------------------
+def test_reward(make_run, lab):
+    """The reward is for the gold answer with an end token, and for nothing that looks like it."""
+    template = lab[1]
+    [four], [two] = map(template.encode, "42")
+    end, start = template.end, template.special["<|im_start|>"]
+    cases = [([four, two, end], 1), ([four, two], 0), ([four, start, two, end], 0),
+             ([start, four, two, end], 0), ([four, two, start], 0), ([four, end], 0), ([end], 0),
+             ([two, four, end], 0), ([four, two, *template.separator, end], 1), ([], 0),
+             ([four, *template.close, two, end], 0)]
+    run = make_run([Record("0", "6*7?", "6*7", "42")], [ids for ids, _ in cases],
+                   method="grpo", M=len(cases), batch_size=1)
     [group] = sample_groups(run, 1)
     assert group.reward.tolist() == [reward for _, reward in cases]
     assert [r.y for r in group.rollouts] == [ids for ids, _ in cases]
-    assert all(r.ids[-len(ids):] == ids for r, (ids, _) in zip(group.responses, cases))
 
 
-def test_the_metrics_of_a_prompt_are_the_written_out_ones(config, lab):
+def test_metrics(config):
+    """The metrics of a prompt are the written-out ones, and a step's are their means."""
     w, q, M = [0.5, 0.1, 0.02, 0.3], 0.5, 4
     wbar = sum(w) / M
     c = [x / wbar**q - ((sum(w) - x) / (M - 1)) ** (1 - q) for x in w]
-    rollouts = [Rollout([1] * n, closed, [2] * 2, []) for n, closed in ((3, True), (5, False), (2, True), (4, True))]
-    responses = [Response([0] * n, [FORCED] * n) for n in (7, 9, 6, 8)]
-    group = Group(Record("0", "", "", "5"), [1] * 11, rollouts, responses, None, 0)
-    row = prompt_metrics(group, torch.tensor(w).log(), [0, 2, 3], torch.tensor([0.1, 0.3]), config(method="garl", q=q, M=M))
-    near = lambda x: pytest.approx(x, rel=1e-6)
-    assert row == {
-        "loss": near((1 - wbar ** (1 - q)) / (1 - q)), "log_P_mean": near(math.log(wbar)), "log_P_min": near(math.log(wbar)),
-        "ess": near(sum(w) ** 2 / sum(x * x for x in w)),
-        "effective_reward_max": near(max(w) / wbar**q / M**q), "amplified_advantage_max": near(max(c) / M**q),
-        "reward": None, "sampler_gap_mean": near(0.2), "sampler_gap_max": near(0.3),
-        "rationale_tokens": 3.5, "forced_share": 0.25, "trained_share": 0.75, "sampled_tokens": 14 + 8, "trained_tokens": 11 + 21}
-    row = prompt_metrics(group._replace(reward=torch.tensor([1.0, 0, 0, 0])), torch.tensor([1.0, 0, 0, 0]), [], torch.zeros(0),
-                         config(method="grpo", M=M))
-    assert row["reward"] == 0.25 and row["loss"] == 0.75 and row["trained_tokens"] == 11
-    assert all(row[name] is None for name in ("log_P_mean", "ess", "effective_reward_max", "sampler_gap_mean", "sampler_gap_max"))
-
-
-def test_metrics_of_a_step_are_means_but_for_names_in_max_and_min():
-    rows = [{"loss": 1.0, "x_max": 1.0, "x_min": 1.0, "gap_max": None, "none": None, "maximum": 2.0},
-            {"loss": 2.0, "x_max": 5.0, "x_min": -4.0, "gap_max": 0.5, "none": None, "maximum": 4.0},
-            {"loss": 6.0, "x_max": 2.0, "x_min": 3.0, "gap_max": 0.25, "none": None, "maximum": 0.0}]
-    assert step_metrics(rows) == {"loss": 3.0, "x_max": 5.0, "x_min": -4.0, "gap_max": 0.5, "none": None, "maximum": 2.0}
+    rollouts = [Rollout([1] * n, [], [2] * 2, []) for n in (3, 5, 2, 4)]
+    group = Group(Record("0", "", "", "5"), [1] * 11, rollouts, torch.tensor([1.0, 0, 0, 0]), 0)
+    row = prompt_metrics(group, torch.tensor(w).log(), [0, 2, 3], torch.tensor([0.1, 0.3]),
+                         config(method="garl", q=q, M=M))
+    expected = {"loss": (1 - wbar ** (1 - q)) / (1 - q), "log_P": math.log(wbar),
+                "ess": sum(w) ** 2 / sum(x * x for x in w), "sampler_gap": 0.2, "trained": 0.75,
+                "effective_reward": max(w) / wbar**q / M**q, "rationale_tokens": 3.5,
+                "amplified_advantage": max(c) / M**q}
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    grpo = prompt_metrics(group, torch.zeros(4), [], torch.zeros(0), config(method="grpo", M=M))
+    assert grpo["reward"] == 0.25 and grpo["loss"] == 0.75 and grpo["sampler_gap"] is None
+    steps = [{"a": 1.0, "b": None, "c": None}, {"a": 2.0, "b": 4.0, "c": None}]
+    assert tsallis_rl.mean_of(steps) == {"a": 1.5, "b": 4.0, "c": None}
 
 
 def stepped(monkeypatch, config, gradients, **settings):
-    """Parameters before and after each update, norms and learning rates, when the gradients are these numbers."""
+    """The change of the parameters and the row of each step, for given gradients."""
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    model = SimpleNamespace(parameters=lambda: [p])
-    settings = config(**settings)
-    run = SimpleNamespace(config=settings, model=model, optimizer=tsallis_rl.make_optimizer(model, settings))
-    monkeypatch.setattr(tsallis_rl, "group_gradient", lambda model, gradient, _: setattr(p, "grad", torch.tensor(gradient)))
+    model = SimpleNamespace(parameters=lambda: [p], num_parameters=lambda: 2)
+    settings = config(eval_every=99, **settings)
+    engine = SimpleNamespace(sync=lambda model: None)
+    run = SimpleNamespace(config=settings, model=model, engine=engine, step=0, skipped=0,
+                          optimizer=tsallis_rl.make_optimizer(model, settings))
+
+    def group_gradient(model, gradient, config):
+        p.grad = torch.tensor(gradient)
+        return None, {"sampler_gap": 0.0}
+
+    monkeypatch.setattr(tsallis_rl, "group_gradient", group_gradient)
+    monkeypatch.setattr(tsallis_rl, "sample_groups", lambda run, step: [gradients[step - 1]])
     history = []
-    for step, gradient in enumerate(gradients, 1):
+    for step in range(1, len(gradients) + 1):
         before = p.detach().clone()
-        _, row = update(run, [gradient], step)
-        history.append(((p.detach() - before), row["grad_norm"], row["lr"], row["above_eps"]))
+        row = tsallis_rl.train_step(run, step)
+        history.append(((p.detach() - before).tolist(), row))
     return history
 
 
-def test_the_step_is_the_clipped_gradient_times_a_rate_that_warms_up_linearly(monkeypatch, config):
-    history = stepped(monkeypatch, config, [[3.0, 4.0]] * 6 + [[0.03, 0.04]], optimizer="sgd", lr=0.1, warmup=4, clip=0.5)
-    assert [norm for _, norm, *_ in history] == pytest.approx([5.0] * 6 + [0.05])
-    assert [lr for *_, lr, _ in history] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1])
-    for change, norm, lr, _ in history:  # the direction, and the length min(norm, clip)
-        assert change.tolist() == pytest.approx([-lr * min(norm, 0.5) * x for x in (0.6, 0.8)], rel=1e-4)
-    assert stepped(monkeypatch, config, [[3.0, 4.0]], optimizer="sgd", lr=0.1, warmup=0)[0][2] == 0.1
+def test_update(monkeypatch, config):
+    """A step has the length lr min(norm, clip), and lr rises linearly in the warm-up."""
+    settings = dict(optimizer="sgd", lr=0.1, warmup=4, clip=0.5)
+    history = stepped(monkeypatch, config, [[0.3, 0.4], [3.0, 4.0], [0.03, 0.04], [3.0, 4.0],
+                                            [3.0, 4.0]], **settings)
+    for (change, row), norm, lr in zip(history, (0.5, 5, 0.05, 5, 5), (1, 2, 3, 4, 4)):
+        assert row["grad_norm"] == pytest.approx(norm) and row["lr"] == pytest.approx(lr / 40)
+        length = -lr / 40 * min(norm, 0.5)
+        assert change == pytest.approx([0.6 * length, 0.8 * length], rel=1e-4)
+    [(_, row)] = stepped(monkeypatch, config, [[3.0, 4.0]], **settings | {"warmup": 0})
+    assert row["lr"] == 0.1
 
 
-def test_eps_is_adamw_s_and_above_eps_counts_the_clipped_gradients_above_it(monkeypatch, config):
-    settings = dict(lr=0.1, warmup=0, clip=0.5, eps=0.4)
-    [(change, *_, above)] = stepped(monkeypatch, config, [[3.0, 4.0]], **settings)  # clipped to 0.3 and 0.4 - 1e-7
-    assert change.tolist() == pytest.approx([-0.1 * g / (g + 0.4) for g in (0.3, 0.4)], rel=1e-4) and above == 0
-    assert stepped(monkeypatch, config, [[3.0, 4.0]], **settings | {"eps": 0.35})[0][3] == 0.5
-    assert stepped(monkeypatch, config, [[3.0, 4.0]], **settings | {"eps": 0.25})[0][3] == 1
-    assert stepped(monkeypatch, config, [[3.0, 4.0]], **settings, optimizer="sgd")[0][3] is None
+def test_eps(monkeypatch, config):
+    """--eps is AdamW's, and above_eps is the share of clipped gradients above it."""
+    for eps, above in ((0.4001, 0), (0.35, 0.5), (0.25, 1)):  # the gradient is 0.3 and 0.4
+        [(change, row)] = stepped(monkeypatch, config, [[3.0, 4.0]], lr=0.1, warmup=0, clip=0.5,
+                                  eps=eps)
+        assert row["above_eps"] == above
+        assert change == pytest.approx([-0.1 * g / (g + eps) for g in (0.3, 0.4)], rel=1e-4)
 
 
-def test_step_0_measures_the_start_and_moves_nothing(tmp_path):
-    run = tmp_path / "run"
-    assert main([*SMALL, "--method", "garl", "--steps", "0", "--out", str(run)]) == 0
-    [row] = rows(run)
-    assert row["step"] == row["lr"] == 0 and row["log_P_mean"] < 0 < row["above_eps"] and "val_maj@4" in row
-    assert torch.load(run / "last" / "trainer.pt", weights_only=True)["optimizer"]["state"] == {}, "nor AdamW's moments"
-    start = load_file(Path(tsallis_rl.LAB_MODEL) / "model.safetensors")
-    assert all(torch.equal(w, start[name]) for name, w in weights(run).items())
-    assert main(["--resume", str(run), "--steps", "1"]) == 0
-    assert main([*SMALL, "--method", "garl", "--steps", "1", "--out", str(tmp_path / "whole")]) == 0
-    same(run, tmp_path / "whole")
-
-
-def test_a_schedule_moves_q_from_its_start_to_its_end_and_stays_there(tmp_path, config):
-    settings = config(q=0.9, q_end=0.1, q_steps=4)
-    assert [tsallis_rl.q_of(step, settings) for step in range(7)] == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1, 0.1, 0.1])
-    assert {tsallis_rl.q_of(step, config(q=0.3)) for step in range(99)} == {0.3}
-    arguments = [*SMALL, "--method", "garl", "--q", "1", "--q-end", "0", "--q-steps", "2", "--steps", "3"]
-    assert main([*arguments, "--batch-size", "1", "--out", str(tmp_path / "run")]) == 0
-    log = rows(tmp_path / "run")
-    assert [row["q"] for row in log] == [1, 0.5, 0, 0]
-    assert [row["loss"] for row in log] == pytest.approx(  # of one prompt: the loss is l_q at its P
-        [tsallis_rl.tsallis_loss(row["log_P_mean"], row["q"]).item() for row in log])
-
-
-def test_the_score_term_alone_is_garl_without_its_pathwise_term(config):
-    log_w = torch.tensor([0.5, 0.1, 0.02, 0.3]).log()
-    a, b = coefficients(log_w, 0, config(method="garl-score", q=0.5, M=4))
-    whole, path = coefficients(log_w, 0, config(method="garl", q=0.5, M=4))
-    assert torch.equal(a, whole) and not b.any() and path.all()
-
-
+@pytest.mark.parametrize("bad", (math.nan, math.inf))
 @pytest.mark.parametrize("optimizer", ("adamw", "sgd"))
-@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
-def test_a_gradient_that_is_not_finite_moves_nothing_not_even_the_optimiser_s_state(bad, optimizer, monkeypatch, config):
+def test_not_finite(bad, optimizer, monkeypatch, config):
+    """A gradient that is not finite moves neither the weights nor the optimizer's state."""
     settings = dict(optimizer=optimizer, lr=0.1, warmup=0)
     history = stepped(monkeypatch, config, [[3.0, 4.0], [bad, 1.0], [1.0, 1.0]], **settings)
     plain = stepped(monkeypatch, config, [[3.0, 4.0], [1.0, 1.0]], **settings)
-    assert not history[1][0].any() and not math.isfinite(history[1][1])
-    assert torch.equal(history[0][0], plain[0][0]) and torch.equal(history[2][0], plain[1][0])
+    assert history[1][0] == [0, 0] and [history[i][0] for i in (0, 2)] == [x for x, _ in plain]
 
 
-def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
-    real, calls = tsallis_rl.chunked_log_probs, []
+def test_q_of(config, tmp_path):
+    """A schedule moves q linearly from its start to its end; the step's loss is l_q."""
+    settings = config(q=0.9, q_end=0.1, q_steps=4)
+    assert [q_of(s, settings) for s in range(6)] == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1, 0.1])
+    assert {q_of(s, config(q=0.3)) for s in range(99)} == {0.3}
+    assert program([*SMALL, "--method", "garl", "--q", "1", "--q-end", "0", "--q-steps", "2",
+                    "--steps", "3", "--batch-size", "1", "--out", str(tmp_path / "run")]) == 0
+    log = rows(tmp_path / "run")[1:]
+    losses = [tsallis_rl.tsallis_loss(row["log_P"], row["q"]).item() for row in log]
+    assert [row["q"] for row in log] == [0.5, 0, 0]
+    assert [row["loss"] for row in log] == pytest.approx(losses)
 
-    def broken(*args):
-        calls.append(1)
-        return real(*args) * (1.0 if len(calls) <= 1 + 2 * 4 else float("nan"))  # the probe; 2 prompts a step, of 0, too
 
-    monkeypatch.setattr(tsallis_rl, "chunked_log_probs", broken)
+def test_methods(config):
+    """Each method has its coefficients; garl-score is GARL without its pathwise term."""
+    log_w, reward = torch.tensor([0.5, 0.1, 0.02, 0.3]).log(), torch.tensor([1.0, 0, 0, 1])
+    group = Group(None, [], [], reward, 7)
+    of = lambda **settings: coefficients(log_w, group, config(M=4, q=0.3, **settings))
+    a, b = tsallis_rl.garl_coefficients(log_w, 0.3)
+    assert torch.equal(of(method="garl")[0], a) and torch.equal(of(method="garl")[1], b)
+    assert torch.equal(of(method="garl-score")[0], a) and not of(method="garl-score")[1].any()
+    assert torch.equal(of(method="grpo")[0], tsallis_rl.grpo_coefficients(reward)[0])
+    for K in (None, 1, 9):
+        n = of(method="paft", K=K)[0] / log_w.exp().double().mean() ** 0.7 * (K or 4) * 4**0.3
+        assert n.sum().item() == pytest.approx(K or 4) and torch.allclose(n, n.round())
+
+
+@pytest.mark.parametrize("gap, good", ((0.0005, True), (0.002, False), (math.nan, False),
+                                       (math.inf, False), (None, True)))
+def test_check_sampler(gap, good, config):
+    """A gap above the bound, or one that is no number, stops the run."""
+    if good:
+        return check_sampler(gap, config())
+    with pytest.raises(UserError, match="differ"):
+        check_sampler(gap, config())
+
+
+@pytest.mark.parametrize("errors", ([0.01], [0.01, -0.01], [math.nan]))
+def test_stale_sampler(errors, tmp_path, monkeypatch, capsys):
+    """A sampler that disagrees stops the run before its step, even if errors cancel."""
+    sample, run = HFRollouts.sample, str(tmp_path / "run")
+    assert program([*SMALL, "--steps", "2", "--out", run]) == 0
+    before = weights(run)
+    monkeypatch.setattr(HFRollouts, "sample", lambda *args: [
+        (ids, [x + errors[i % len(errors)] for i, x in enumerate(log_p)])
+        for ids, log_p in sample(*args)])
+    assert program(["--resume", run, "--steps", "3"]) == 2
+    assert "sampler and trainer differ" in capsys.readouterr().err and len(rows(run)) == 3
+    monkeypatch.undo()
+    assert all(torch.equal(w, before[name]) for name, w in weights(run).items())
+    assert program(["--resume", run, "--steps", "3"]) == 0
+
+
+# --- It learns ----------------------------------------------------------------------------
+SHORT = ["--rollout", "hf", "--M", "8", "--lr", "6e-4", "--eval-limit", "24"]
+
+
+def test_warm_run_learns(tmp_path):
+    """From a warm start PAFT learns, where at first voting does not help."""
     run = tmp_path / "run"
-    assert main([*SMALL, "--method", "garl", "--steps", "50", "--eval-every", "50", "--out", str(run)]) == 2
-    assert "ten steps in a row" in capsys.readouterr().err
-    assert [row["skipped_in_a_row"] for row in rows(run)[1:]] == [0, 0, 0, *range(1, 11)]
-    assert all(w.isfinite().all() for w in weights(run).values())
+    assert program([*SHORT, "--method", "paft", "--steps", "10", "--out", str(run)]) == 0
+    log = rows(run)
+    assert 10 <= log[0]["val_p@1"] <= 30 and log[0]["val_maj@16"] <= 35
+    assert log[-1]["val_maj@16"] >= 50 and log[-1]["log_P"] > log[1]["log_P"]
+    assert all(0 <= row["effective_reward"] <= 1 + 1e-6 for row in log[1:])
 
 
-def test_a_run_is_never_overwritten_nor_resumed_with_other_settings(small, tmp_path, capsys):
-    run = str(tmp_path / "run")
-    assert main([*small, "--steps", "1", "--out", run]) == 0
-    before = rows(run)
-    capsys.readouterr()
-    for arguments, expected in ((["--out", run], "already holds"), (["--resume", run, "--q", "0.5"], "--q 0.75, not 0.5"),
-                                (["--resume", run, "--limit", "7"], "--limit 4, not 7")):
-        assert main([*arguments, "--steps", "2"]) == 2
-        error = capsys.readouterr().err
-        assert expected in error and error.count("\n") == 1
-    assert rows(run) == before
-
-
-@pytest.mark.parametrize("arguments", (["--data", "finqa"], ["--model", "Qwen/Qwen3-0.6B"]))
-def test_a_hub_out_of_reach_is_one_line_that_says_what_to_pass_instead(arguments, small, tmp_path, capsys):
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-    assert main([*small, *arguments, "--out", str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and not (tmp_path / "run").exists()
-    assert ("--data finqa:PATH" if arguments[0] == "--data" else "--model FOLDER") in error
-
-
-@pytest.mark.skipif(vllm_runs_here()[0], reason="vLLM runs here")
-def test_vllm_is_refused_where_it_cannot_run_and_auto_never_imports_it(tmp_path, capsys):
-    assert main(["--rollout", "vllm", "--out", str(tmp_path / "run")]) == 2
-    assert "--rollout vllm cannot run here" in capsys.readouterr().err
-    assert main([*SMALL, "--rollout", "auto", "--steps", "1", "--out", str(tmp_path / "run")]) == 0
-    assert "rollouts by transformers: " in capsys.readouterr().out and "vllm" not in sys.modules
-
-
-def test_your_own_records_train(tmp_path):
-    lines = (Path(tsallis_rl.LAB_MODEL).parent / "validation.jsonl").read_text().splitlines(True)
-    (tmp_path / "mine.jsonl").write_text("".join(lines[:30]))
-    budgets = ["--model", tsallis_rl.LAB_MODEL, "--think-budget", "24", "--answer-budget", "8"]
-    assert main([*SMALL, "--data", str(tmp_path / "mine.jsonl"), *budgets, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
-    first, step = rows(tmp_path / "run")
-    assert {"val_p@1", "val_p@4", "val_maj@4"} <= first.keys() and step["loss"] > 0
-
-
-SHORT = ["--rollout", "hf", "--q", "0.75", "--M", "8", "--lr", "6e-4", "--steps", "15", "--eval-every", "15", "--eval-limit", "24"]
-
-
-def test_a_short_warm_run_learns(tmp_path):
-    run = tmp_path / "run"
-    assert main([*SHORT, "--method", "paft", "--steps", "10", "--eval-every", "10", "--out", str(run)]) == 0
-    first, last = rows(run)[0], rows(run)[-1]
-    assert 10 <= first["val_p@1"] <= 30 and first["val_maj@16"] <= 35  # wrong rationales agree: voting does not help
-    assert last["val_maj@16"] >= 50 and last["log_P_mean"] > rows(run)[1]["log_P_mean"]
-    figure_3 = [row["effective_reward_max"] for row in rows(run)[1:]]
-    assert all(0 <= x <= 1 + 1e-6 for x in figure_3)
-
-
-def test_from_a_cold_start_grpo_has_no_gradient_and_garl_learns(tmp_path):
-    cold = [*SHORT, "--start", "cold"]
-    assert main([*cold, "--method", "grpo", "--steps", "3", "--out", str(tmp_path / "grpo")]) == 0
-    assert main([*cold, "--method", "garl", "--out", str(tmp_path / "garl")]) == 0
-    grpo, garl = rows(tmp_path / "grpo"), rows(tmp_path / "garl")
-    assert all(row["grad_norm"] == 0 and row["reward"] == 0 for row in grpo[1:])
-    metrics = ("val_p@1", "val_p@16", "val_maj@16")
-    assert all(grpo[0][m] == garl[0][m] == 0 for m in metrics)
-    assert garl[1]["log_P_mean"] < -8 and garl[-1]["val_p@1"] >= 20
-
-
-def test_saving_leaves_the_optimiser_as_it_is(tmp_path):
-    # asked for the state of an optimiser that has none, torch makes it by a step, and Adam's bias correction is off by one
-    assert main([*SMALL, "--method", "garl", "--steps", "2", "--eval-every", "1", "--out", str(tmp_path / "run")]) == 0
-    state = torch.load(tmp_path / "run" / "last" / "trainer.pt", weights_only=True)["optimizer"]["state"]
-    assert len(state) == 46 and {float(s["step"]) for s in state.values()} == {2.0}
+def test_cold_run_learns(tmp_path):
+    """From a cold start GRPO has no gradient, and GARL learns."""
+    cold = [*SHORT, "--start", "cold", "--steps"]
+    grpo, garl = str(tmp_path / "grpo"), str(tmp_path / "garl")
+    assert program([*cold, "3", "--method", "grpo", "--out", grpo]) == 0
+    assert program([*cold, "15", "--method", "garl", "--out", garl]) == 0
+    assert all(row["grad_norm"] == 0 and row["reward"] == 0 for row in rows(grpo)[1:])
+    assert rows(garl)[0]["val_p@16"] == 0 and rows(garl)[1]["log_P"] < -8
+    assert rows(garl)[-1]["val_p@1"] >= 20
