@@ -26,12 +26,12 @@ def pool(random_model, lab, config):
 
 def test_sampler_log_probs(random_model, lab, config):
     """The sampler's log p are the model's, with prompts and responses of unequal lengths."""
-    prompts = [list(range(6, 6 + n)) for n in (3, 9, 9, 5)]
-    begun = [[], [20, 21, 22], [], [23]]
+    asked = [([*range(6, 6 + n)], begun, n) for n, begun in (
+        (3, []), (9, [20, 21, 22]), (9, []), (5, [23]))]
     for budget in (8192, 20):  # one batch, or one for each row
         engine = HFRollouts(random_model, lab[1], config(token_budget=budget))
-        samples = engine.sample(list(zip(prompts, begun, [1, 2, 3, 4])), 10, lab[1].stop())
-        for prompt, start, (ids, log_p) in zip(prompts, begun, samples):
+        samples = engine.sample(asked, 10, lab[1].stop())
+        for (prompt, start, _), (ids, log_p) in zip(asked, samples):
             plain = plain_log_probs(random_model, prompt + start, ids)
             torch.testing.assert_close(torch.tensor(log_p), plain, rtol=0, atol=1e-4)
 
@@ -153,7 +153,8 @@ def test_token_log_probs(chunk, monkeypatch):
     plain = (hidden @ weight.T).log_softmax(-1).gather(-1, target[:, None])[:, 0]
     fast = token_log_probs(hidden, weight, target)
     torch.testing.assert_close(fast, plain, rtol=0, atol=1e-13)
-    for x, y in zip(*(torch.autograd.grad(out, (hidden, weight), upstream) for out in (fast, plain))):
+    grads = [torch.autograd.grad(out, (hidden, weight), upstream) for out in (fast, plain)]
+    for x, y in zip(*grads):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
 
 
