@@ -11,13 +11,13 @@ from conftest import SMALL, program, rows, same, weights
 
 import tsallis_rl
 from data import Record
-from tsallis_rl import (Group, HFRollouts, Rollout, Run, batch_of, coefficients, encode,
-                        prompt_metrics, q_of, sample_answers, sample_groups)
+from tsallis_rl import (Group, HFRollouts, Rollout, batch_of, coefficients, prompt_metrics, q_of,
+                        sample_answers, sample_groups)
 
 
 # --- Runs, checkpoints, --resume ----------------------------------------------------------
 @pytest.mark.parametrize("method, optimizer", (
-    ("garl", "adamw"), ("paft", "adamw"), ("paft", "sgd"), ("grpo", "adamw")))
+    ("garl", "adamw"), ("paft", "sgd"), ("grpo", "adamw")))
 def test_resume(method, optimizer, small, tmp_path):
     """A run that stopped, at a validation or between two, is the whole run bit for bit."""
     start = SMALL if method == "grpo" else small  # a random model earns no reward
@@ -40,9 +40,9 @@ def step_of(run, name):
     return torch.load(Path(run) / name / "trainer.pt", weights_only=True)["step"]
 
 
-@pytest.mark.parametrize("stop", (None, 1, 2))
+@pytest.mark.parametrize("stop", (None, 2))
 @pytest.mark.parametrize("script, best", (([5, 30, 20, 25], 1), ([5, 10, 10, 7], 1),
-                                          ([9, 3, 8, 4], 0), ([0, 1, 2, 3], 3)))
+                                          ([0, 1, 2, 3], 3)))
 def test_best(script, best, stop, small, tmp_path, monkeypatch):
     """best is the first of the highest validations, also when the run was resumed."""
     run = str(tmp_path / "run")
@@ -145,40 +145,22 @@ class Scribe:
         return [(given[i % len(given)], [-1.0]) for i in range(len(rows))]
 
 
-@pytest.fixture
-def make_run(lab, config, tmp_path):
-    """A run of the lab model, without its start: make_run(records, answers, **settings)."""
-    def make(records, answers=None, **settings):
-        model, template = lab
-        settings = config(**dict(M=4, batch_size=2, eval_samples=4) | settings)
-        engine = Scribe(template, answers) if answers else HFRollouts(model, template, settings)
-        examples = encode(records, settings, template, model, training=True)
-        optimizer = tsallis_rl.make_optimizer(model, settings)
-        return Run(settings, tmp_path, model, engine, optimizer, examples, examples)
-    return make
-
-
-def records(n):
-    return [Record(str(i), f"What is {i}+3?", f"{i}+3", str(i + 3)) for i in range(n)]
-
-
-def test_seeds_of_validation(make_run, lab):
+def test_seeds_of_validation(lab, config):
     """A prompt's evaluation seeds depend on its place and the run's seed alone."""
-    run = make_run(records(5), [lab[1].gold("5")])
+    engine, settings = Scribe(lab[1], [lab[1].gold("5")]), config(eval_samples=4)
+    examples = [(None, [7, 8, i]) for i in range(5)]
     for _ in range(2):
-        assert sample_answers(run.engine, run.validation, run.config) == [["5"] * 4] * 5
-    first, _, again, _ = run.engine.seeds
-    assert len(set(first)) == 5 * 4 and first == again
-    run.validation[1] = (run.validation[1][0], [])  # too long
-    assert sample_answers(run.engine, run.validation, run.config)[1] is None
-    assert run.engine.seeds[4] == first[:4] + first[8:]
-    other = make_run(records(5), [lab[1].gold("5")], seed=1)
-    sample_answers(other.engine, other.validation, other.config)
-    assert not set(other.engine.seeds[0]) & set(first)
+        assert sample_answers(engine, examples, settings) == [["5"] * 4] * 5
+    examples[1] = (None, [])  # too long
+    assert sample_answers(engine, examples, settings)[1] is None
+    sample_answers(engine, examples, config(eval_samples=4, seed=1))
+    first, again, short, other = engine.seeds[::2]
+    assert first == again and short == first[:4] + first[8:]
+    assert len(set(first + other)) == 5 * 4 + 4 * 4
 
 
 # --- One step -----------------------------------------------------------------------------
-def test_reward(make_run, lab):
+def test_reward(lab, config):
     """The reward is for the gold answer with an end token, and for nothing that looks like it."""
     template = lab[1]
     [four], [two] = map(template.encode, "42")
@@ -187,8 +169,8 @@ def test_reward(make_run, lab):
              ([start, four, two, end], 0), ([four, two, start], 0), ([four, end], 0), ([end], 0),
              ([two, four, end], 0), ([four, two, *template.separator, end], 1), ([], 0),
              ([four, *template.close, two, end], 0)]
-    run = make_run([Record("0", "6*7?", "6*7", "42")], [ids for ids, _ in cases],
-                   method="grpo", M=len(cases), batch_size=1)
+    run = SimpleNamespace(engine=Scribe(template, [ids for ids, _ in cases]), config=config(
+        method="grpo", M=len(cases), batch_size=1), train=[(Record("", "", "", "42"), [7, 8])])
     [group] = sample_groups(run, 1)
     assert group.reward.tolist() == [reward for _, reward in cases]
     assert [r.y for r in group.rollouts] == [ids for ids, _ in cases]
@@ -219,8 +201,8 @@ def stepped(monkeypatch, config, gradients, **settings):
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     model = SimpleNamespace(parameters=lambda: [p], num_parameters=lambda: 2)
     settings = config(eval_every=99, **settings)
-    engine = SimpleNamespace(sync=lambda model: None)
-    run = SimpleNamespace(config=settings, model=model, engine=engine, step=0, skipped=0,
+    run = SimpleNamespace(config=settings, model=model, step=0,
+                          engine=SimpleNamespace(sync=lambda model: None),
                           optimizer=tsallis_rl.make_optimizer(model, settings))
 
     def group_gradient(model, gradient, config):
@@ -260,10 +242,9 @@ def test_eps(monkeypatch, config):
 
 
 @pytest.mark.parametrize("bad", (math.nan, math.inf))
-@pytest.mark.parametrize("optimizer", ("adamw", "sgd"))
-def test_not_finite(bad, optimizer, monkeypatch, config):
-    """A gradient that is not finite moves neither the weights nor the optimizer's state."""
-    settings = dict(optimizer=optimizer, lr=0.1, warmup=0)
+def test_not_finite(bad, monkeypatch, config):
+    """A gradient that is not finite moves neither the weights nor AdamW's state."""
+    settings = dict(lr=0.1, warmup=0)
     history = stepped(monkeypatch, config, [[3.0, 4.0], [bad, 1.0], [1.0, 1.0]], **settings)
     plain = stepped(monkeypatch, config, [[3.0, 4.0], [1.0, 1.0]], **settings)
     assert history[1][0] == [0, 0] and [history[i][0] for i in (0, 2)] == [x for x, _ in plain]
