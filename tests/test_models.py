@@ -135,10 +135,11 @@ def test_end_of_turn(lab):
     assert template.end == turn != tokenizer.eos_token_id  # as Gemma and Phi do
     assert template.ends == {turn, tokenizer.eos_token_id} and template.gold("3")[-1] == turn
     assert template.text(template.gold("3")) == "3" == template.text(template.gold("3")[:-1])
-    tokenizer.chat_template = CHAT.replace("<|im_end|>", " END")  # no special token
-    assert Template(tokenizer).end == tokenizer.eos_token_id
-    tokenizer.chat_template = None
-    assert Template(tokenizer).end == tokenizer.eos_token_id
+    tokenizer.chat_template = CHAT.replace("<|im_end|>", " <|im_end|>")
+    assert Template(tokenizer).end == turn
+    for other in (CHAT.replace("<|im_end|>", " END"), CHAT.replace("content'] }}", "x'] }}"), None):
+        tokenizer.chat_template = other  # no special token, a lost answer, no chat
+        assert Template(tokenizer).end == tokenizer.eos_token_id
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end token"):
         Template(tokenizer)
