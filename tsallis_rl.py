@@ -377,8 +377,8 @@ class Template:
         if tokenizer.chat_template:
             turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "WORDS"}]
             text = tokenizer.apply_chat_template(turns, tokenize=False)
-            after = self.encode(text.rpartition("WORDS")[2])
-            self.end = after[0] if after and after[0] in self.special.values() else self.end
+            after = self.encode(text.partition("WORDS")[2])
+            self.end = next((i for i in after if i in self.special.values()), self.end)
         if self.end is None:
             raise ValueError("the tokenizer has no end token: p(y* | x*, z) needs one")
         self.ends = {self.end, tokenizer.eos_token_id, *ends} - {None}
