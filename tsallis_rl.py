@@ -590,6 +590,9 @@ class VLLMRollouts:
 
         random_state = torch.get_rng_state()
         options = VLLM_OPTIONS | {"gpu_memory_utilization": config.gpu_share}
+        if not torch.cuda.is_available():  # the CPU build has no seeds for prompts in parts
+            options |= {"enable_chunked_prefill": False,
+                        "max_num_batched_tokens": max(8192, max_length)}
         if world() > 1:  # one engine in each process
             options["distributed_executor_backend"] = "external_launcher"
         self.llm = vllm.LLM(model=path, dtype=config.dtype, max_model_len=max_length, seed=0,

@@ -132,7 +132,7 @@ def steps(args) -> None:
                     if repeat:
                         rows.setdefault((*shape, name), []).append(row)
                     shown = {key: round(value, 3) for key, value in row.items()}
-                    print(f"{repeat or 'warm-up'}: {(*shape, name)} {json.dumps(shown)}", flush=True)
+                    print(repeat or "warm-up", shape, name, json.dumps(shown), flush=True)
             for connection, process in running.values():
                 connection.send(None)
                 process.join()

@@ -101,7 +101,7 @@ def test_an_answer_does_not_repeat_the_noise_of_its_rationale(engines):
     rollouts = [r for _, r in engines.sample()]
     same = sum(a == b for r in rollouts for a, b in zip(r.z, r.y))
     assert same < 0.3 * sum(min(len(r.z), len(r.y)) for r in rollouts)
-    one, two, other = (engines.vllm.sample([prompt], [[]], [seed], 6, set())
+    one, two, other = (engines.vllm.sample([(prompt, [], seed)], 6, set())
                        for prompt, seed in (([5], 7), ([9], 7), ([9], 8)))
     assert one == two != other  # the noise is the seed's alone
 
