@@ -22,13 +22,6 @@ def named(path: str | Path):
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def user_path(text: str) -> Path:
-    """The absolute path that a user means: ~ is expanded, links stay. It need not exist."""
-    if not text or "\0" in text:
-        raise UserError(f"not a path: {text!r}")
-    return Path(os.path.abspath(os.path.expanduser(text)))
-
-
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file."""
     with named(path):
@@ -53,9 +46,8 @@ def read_json(path: str | Path) -> dict:
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """(line number, object) of each line that is not blank. UserError names the file and line."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            yield number, parse(line, f"{path}, line {number}")
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return ((n, parse(line, f"{path}, line {n}")) for n, line in lines if line.strip())
 
 
 def read_log(path: str | Path) -> list[dict]:
@@ -78,7 +70,7 @@ def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the list of names in a folder, is on the disk."""
+    """Waits until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -115,34 +107,24 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(old, ignore_errors=True)
     except Exception as error:  # each library has its own errors for a full disk
         shutil.rmtree(new, ignore_errors=True)
-        raise UserError(f"cannot save {folder} ({type(error).__name__}: {error}); what was saved "
-                        "before is intact") from error
-
-
-def lock_folder(folder: Path):
-    """Locks a folder until the file that is returned is closed or the process ends."""
-    file = open(folder / "lock", "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if isinstance(error, BlockingIOError):  # all others: this file system has no locks
-            raise UserError(f"another process is running in {folder}") from None
-    return file
+        raise UserError(f"cannot save {folder} ({error!r}); the one before is intact") from error
 
 
 @contextmanager
 def open_folder(folder: Path, new: bool):
-    """Makes a folder, or opens one, and locks it. UserError if a new one holds something. One in
-    which nothing was written is removed at the end."""
+    """Makes or opens a folder, and locks it. A new one must be empty; if it stays so, it goes."""
     made = not folder.exists()
     with named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = lock_folder(folder)
-        held = set(os.listdir(folder)) - {"lock"}
+        file = open(folder / "lock", "a")
+    with suppress(OSError):  # this file system has no locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is running in {folder}") from None
     try:
-        if new and held:
-            raise UserError(f"{folder} already holds something: give another --out, or "
-                            f"--resume {folder}")
+        if new and os.listdir(folder) != ["lock"]:
+            raise UserError(f"{folder} already holds something: give another --out, or --resume")
         yield
     finally:
         file.close()
@@ -156,15 +138,13 @@ def exit_code(program: Callable[[], object]) -> int:
         program()
         return 0
     except KeyboardInterrupt:
-        line, code = "interrupted", 130
+        line = "interrupted"
     except (UserError, OSError) as error:
-        line, code = "error: " + " ".join(str(error).split()), 2
+        line = "error: " + " ".join(str(error).split())
     except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
-        text = str(error)
-        if not isinstance(error, MemoryError) and ("memory" not in text or "illegal" in text):
+        if "memory" not in repr(error).lower() or "illegal" in str(error):
             raise
-        line, code = ("error: out of memory: lower --token-budget, then --gpu-share, --M or "
-                      "--think-budget"), 2
+        line = "error: out of memory: lower --token-budget, then --gpu-share, --M or --think-budget"
     with suppress(OSError, ValueError):  # stderr may be closed
         print(line, file=sys.stderr, flush=True)
-    return code
+    return 130 if line == "interrupted" else 2

@@ -23,17 +23,6 @@ def full_disk():
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_user_path(tmp_path, monkeypatch):
-    """~ is expanded, relative paths become absolute, links stay links, nonsense is refused."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    Path("link").symlink_to("/")
-    assert files.user_path("~/link") == files.user_path("link") == tmp_path / "link"
-    for text in ("", "a\0b"):
-        with pytest.raises(UserError):
-            files.user_path(text)
-
-
 @pytest.mark.parametrize("content, message", [
     (b'{"a": "\xff"}', "utf-8"), (b"[" * 100_000, "malformed JSON"), (b"{oops}", "malformed JSON"),
     (b"[1]", "not a JSON object"), (b"id,answer\n1,2\n", "malformed JSON")])
@@ -138,17 +127,29 @@ def test_full_disk_while_replacing(tmp_path, full_disk):
 
 
 def test_lock(tmp_path):
-    """One process has a folder, until it ends, even by SIGKILL."""
+    """One process has a folder, until it ends, even by SIGKILL; others leave it as it is."""
     code = ("import sys, pathlib, data.files as files\n"
-            "file = files.lock_folder(pathlib.Path(sys.argv[1]))\nprint(flush=True)\ninput()")
-    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE,
+            "with files.open_folder(pathlib.Path(sys.argv[1]), new=True):\n"
+            "    print(flush=True)\n    input()")
+    run = tmp_path / "run"
+    other = subprocess.Popen([sys.executable, "-c", code, run], stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, cwd=Path(files.__file__).parents[1])
     other.stdout.readline()
-    with pytest.raises(UserError, match="another process"):
-        files.lock_folder(tmp_path)
+    with pytest.raises(UserError, match="another process"), files.open_folder(run, new=True):
+        pass
+    assert os.listdir(run) == ["lock"]
     other.kill()
     other.communicate()
-    files.lock_folder(tmp_path).close()
+    with files.open_folder(run, new=True):
+        (run / "text").write_text("ours")
+    with pytest.raises(UserError, match="already holds something"), files.open_folder(run, True):
+        pass
+    with files.open_folder(run, new=False), pytest.raises(UserError, match="another process"):
+        with files.open_folder(run, new=False):
+            pass
+    with files.open_folder(tmp_path / "empty", new=True):
+        pass
+    assert os.listdir(tmp_path) == ["run"]
 
 
 @pytest.mark.parametrize("error, line, code", [
