@@ -23,8 +23,9 @@ fine-tunes on the ones that were drawn, and attenuates by P^(1-q).
 
 Contents: 1 settings, 2 the loss, 3 the estimators, 4 several processes, 5 prompts and
 sequences, 6 rollouts, 7 the model, 8 the gradient of one prompt, 9 one step,
-10 validation and checkpoints, 11 the training loop. Sections 2 and 3 are the whole paper.
-It does not say which optimizer, learning rate, batch size, clipping or prompts it used.
+10 validation and checkpoints, 11 the training loop. Sections 2 and 3 are the paper's
+equations. It does not say which optimizer, learning rate, batch size, clipping or prompts
+it used: these are our choices.
 
 Symbols: B prompts in a step, M rollouts of a prompt, K resampled ones; R rows in a batch,
 T tokens in a row, S tokens in a cache, V vocabulary, D hidden size, N scored tokens;
@@ -51,8 +52,9 @@ from typing import Iterable, Literal, NamedTuple, get_args, get_origin, get_type
 
 os.environ.setdefault("GOMP_SPINCOUNT", "500")  # or idle threads slow a shared CPU down
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-for name in ("torchvision", "torchaudio", "torchcodec"):  # not needed here, and a build
-    sys.modules.setdefault(name, None)  # that does not fit torch breaks transformers
+# not needed here, and a build that does not fit torch would break transformers
+for name in ("torchvision", "torchaudio", "torchcodec"):
+    sys.modules.setdefault(name, None)
 
 import torch
 import torch.distributed as dist
@@ -90,7 +92,7 @@ class Config:
     q_end: float | None = setting(None, "move q to this value")
     q_steps: int = setting(40, "steps from --q to --q-end, linearly")
     method: Literal["garl", "garl-score", "paft", "grpo"] = setting(
-        "paft", "garl-score has no pathwise term; grpo is the baseline")
+        "paft", "garl-score has no pathwise term; grpo is for comparison")
     M: int = setting(32, "rollouts per prompt")
     K: int | None = setting(None, "PAFT: rationales resampled from the M; None is M")
     # model and data
@@ -102,8 +104,8 @@ class Config:
     # sampling
     think_budget: int | None = setting(None, "tokens before </think> is forced*")
     answer_budget: int | None = setting(None, "tokens of a sampled answer*")
-    rollout: Literal["auto", "vllm", "hf"] = setting("auto", "hf: transformers; auto: on a "
-                                                     "GPU vllm")
+    rollout: Literal["auto", "vllm", "hf"] = setting(
+        "auto", "hf: transformers; auto: vllm on a GPU, else hf")
     gpu_share: float = setting(0.4, "share of the GPU's memory for vLLM")
     # optimization
     steps: int | None = setting(None, "optimizer steps*")
@@ -111,7 +113,7 @@ class Config:
     lr: float | None = setting(None, "learning rate*")
     warmup: int = setting(5, "steps of linear warm-up")
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "without weight decay")
-    eps: float = setting(1e-8, "AdamW's epsilon: smaller gradients move nothing")
+    eps: float = setting(1e-8, "AdamW's epsilon: smaller gradients move little")
     clip: float = setting(1.0, "largest norm of the gradient")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "bfloat16: autocast; auto: bfloat16 on a GPU")
@@ -143,7 +145,7 @@ class Config:
 LAB_MODEL = str(Path(__file__).resolve().parent / "data" / "ledger" / "model")
 HUB = dict(model="Qwen/Qwen3-0.6B", answer_budget=128, steps=200, lr=2e-6, eval_every=40,
            eval_limit=128)
-PRESETS = {  # model and rationale budgets are the paper's (Section 7)
+PRESETS = {  # model and budgets of the three data sets are the paper's (Section 7)
     "ledger": dict(model=LAB_MODEL, think_budget=24, answer_budget=8, steps=80, lr=3e-4,
                    eval_every=20),
     "finqa": HUB | dict(think_budget=4096 - 128),
@@ -151,7 +153,7 @@ PRESETS = {  # model and rationale budgets are the paper's (Section 7)
     "musique": HUB | dict(think_budget=2048 - 128),
     "custom": HUB | dict(think_budget=2048 - 128),
 }
-MAY_CHANGE = {"resume", "out", "steps", "rollout", "token_budget", "gpu_share"}
+MAY_CHANGE = {"resume", "out", "steps", "rollout", "token_budget", "gpu_share"}  # on --resume
 GAP_BOUND = {"float32": 1e-3, "bfloat16": 0.2}  # nats a token, between sampler and trainer
 
 
@@ -212,27 +214,27 @@ def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
 # complete gold answer, through its end token. wbar is the mean of the M weights, and
 # wbar_{-m} the mean of the other M - 1.
 #
-# GARL (7, 12), Algorithm 1:
+# GARL (7-9, 12), Algorithm 1:
 #
-#     ghat = -1/M^q 1/M sum_m [   c_m           grad log p(z_m | x*)         score function
+#     ghat = -1/(M M^q) sum_m [   c_m           grad log p(z_m | x*)         score function
 #                               + w_m / wbar^q  grad log p(y* | x*, z_m) ]   pathwise
 #     c_m  = w_m / wbar^q - (wbar_{-m})^(1-q)
 #
 # PAFT (13, 14), Algorithm 2: draw r_1 .. r_K from the M, with probability w_m / sum w, then
 #
-#     ghat = -1/M^q wbar^(1-q) 1/K sum_k grad log p(z_{r_k}, y* | x*)
+#     ghat = -wbar^(1-q)/(K M^q) sum_k grad log p(z_{r_k}, y* | x*)
 #
-# M^q is the largest w_m / wbar^q. The algorithms divide by it, (12) and (14) do not. Under
-# SGD it acts as a smaller learning rate at larger q.
+# w_m / wbar^q is at most M^q. The algorithms divide by it, (12) and (14) do not. Under SGD
+# it acts as a smaller learning rate at larger q.
 #
-# Every method is a pair of coefficients (a_m, b_m) in one surrogate loss:
+# Every method is a pair (a_m, b_m) in `surrogate_loss`:
 #
 #     method               a_m                         b_m                      answer y
-#     GARL                 c_m / (M M^q)               w_m / (wbar^q M M^q)     gold
-#     GARL, plug-in        w_m / (wbar^q M M^q)        same                     gold
-#     GARL, score only     c_m / (M M^q)               0                        gold
-#     PAFT                 wbar^(1-q) n_m / (K M^q)    same; m drawn n_m times  gold
-#     GRPO                 (r_m - mean r) / std r / M  same; r_m = [y = y*]     sampled
+#     garl                 c_m / (M M^q)               w_m / (wbar^q M M^q)     gold
+#     garl, no baseline    w_m / (wbar^q M M^q)        same                     gold
+#     garl-score           c_m / (M M^q)               0                        gold
+#     paft                 wbar^(1-q) n_m / (K M^q)    same; m drawn n_m times  gold
+#     grpo                 (r_m - mean r) / std r / M  same; r_m = [y_m = y*]   sampled
 #
 # Everything is computed from log w in float64: w underflows long before w_m / wbar^q does.
 Coefficients = tuple[Tensor, Tensor]
@@ -263,7 +265,7 @@ def garl_coefficients(log_w: Tensor, q: float, baseline: bool = True) -> Coeffic
     q = 0: Rao-Blackwellised REINFORCE with a leave-one-out baseline; unbiased.
     q = 1: the IWAE gradient. For q > 0 the bias is O(1/M) (Theorem 6.1).
     baseline=False is the plug-in estimator. Its expectation is the same (Prop. 6.2).
-    If no rollout succeeds, every w is small but none is 0, so there is a gradient.
+    If no rollout succeeds, w is small but not 0, so there is a gradient.
     log_w: (..., M), in nats, M >= 2. Returns (a, b) of the same shape.
     """
     M = log_w.shape[-1]
@@ -284,7 +286,7 @@ def resample(log_w: Tensor, K: int, generator: torch.Generator | None = None) ->
 def paft_coefficients(log_w: Tensor, q: float, n: Tensor) -> Coefficients:
     """Posterior-Attenuated Fine-Tuning (14). n: the counts of `resample`.
 
-    q = 1: the E-step of EM. q = 0: fine-tuning on posterior samples, scaled by P.
+    q = 1: EM with a sampled E-step. q = 0: fine-tuning on posterior samples, scaled by P.
     Its mean over the draw is GARL's plug-in estimator, so both have the same expectation
     (D.3); the draw adds variance (D.4). Returns (a, a).
     """
@@ -294,11 +296,11 @@ def paft_coefficients(log_w: Tensor, q: float, n: Tensor) -> Coefficients:
 
 
 def grpo_coefficients(reward: Tensor) -> Coefficients:
-    """The baseline: GRPO on sampled answers, reward 0 or 1. reward: (..., M); M >= 2.
+    """For comparison: GRPO on sampled answers, reward 0 or 1. reward: (..., M); M >= 2.
 
     All 0 where the rewards of a prompt agree: a model that never succeeds gets no
-    gradient. No KL term, no division by length. No ratio and no clipping either: there is
-    one update per batch of rollouts, so the ratio would be 1.
+    gradient. No KL term, no division by length. No ratio to clip: there is one update per
+    batch of rollouts, so it would be 1.
     """
     r = reward.detach().double()
     std = r.std(-1, keepdim=True)
@@ -316,7 +318,8 @@ def start_processes() -> torch.device:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a new plan for every shape
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))  # rank 0 may save
+        # the others wait while rank 0 saves
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
     return device
 
 
@@ -362,7 +365,7 @@ class Template:
     """Turns text into token ids around the rationale, and back.
 
     end: what the chat template puts after an answer, otherwise the tokenizer's end token.
-    ends: all tokens that stop a sample, also those that the model names.
+    ends: all tokens that stop a sample, also those of the model's generation config.
     """
 
     def __init__(self, tokenizer, ends: Iterable[int] = ()):
@@ -374,8 +377,8 @@ class Template:
         if tokenizer.chat_template:
             turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "WORDS"}]
             text = tokenizer.apply_chat_template(turns, tokenize=False)
-            after = self.encode(text.rpartition("WORDS")[2])
-            self.end = after[0] if after and after[0] in self.special.values() else self.end
+            after = self.encode(text.partition("WORDS")[2])
+            self.end = next((i for i in after if i in self.special.values()), self.end)
         if self.end is None:
             raise ValueError("the tokenizer has no end token: p(y* | x*, z) needs one")
         self.ends = {self.end, tokenizer.eos_token_id, *ends} - {None}
@@ -398,7 +401,7 @@ class Template:
         return self.encode(answer) + [self.end]
 
     def stop(self) -> set[int]:
-        """The tokens that end a rationale. A </think> of several tokens ends none."""
+        """What ends a rationale: end tokens, and </think> if it is one token."""
         return self.ends | set(self.close) if len(self.close) == 1 else self.ends
 
     def forced(self, z: Ids) -> Ids:
@@ -435,8 +438,8 @@ Example = tuple[Record, Ids]  # a record and its prompt, [] where the sequence i
 
 def encode(records: list[Record], config: Config, template: Template, model,
            training: bool) -> list[Example]:
-    """The records with their prompts. A prompt that is too long, or that leaves no room in
-    the model's positions, is dropped whole and never cut."""
+    """The records with their prompts. One that is too long, or that leaves no room in the
+    model's positions, becomes [] and is never cut."""
     examples, changed = [], 0
     size, length = len(model.get_input_embeddings().weight), positions(model)
     for record in records:
@@ -452,7 +455,7 @@ def encode(records: list[Record], config: Config, template: Template, model,
         examples.append((record, prompt if fits else []))
         changed += not exact_match(template.text(gold), record.answer)
     kept = sum(bool(prompt) for _, prompt in examples)
-    say(f"{kept} of {len(records)} prompts fit; {changed} gold answers have no exact tokens")
+    say(f"{kept} of {len(records)} prompts fit; {changed} gold answers change when encoded")
     if not kept:
         raise UserError(f"no prompt has at most {config.prompt_limit} tokens (--prompt-limit) "
                         f"and room in {length} positions (--think-budget)")
@@ -471,7 +474,7 @@ def seeded(seed: int) -> torch.Generator:
 
 # --- 6. Rollouts ----------------------------------------------------------------------
 # Both engines sample at temperature 1 from the whole vocabulary, because this is the
-# distribution that section 7 scores.
+# distribution that section 7 scores, up to rounding (`GAP_BOUND`).
 Sampled = tuple[Ids, list[float]]  # ids and their log-probabilities
 Row = tuple[Ids, Ids, int]  # a prompt, what is begun of its response, a seed
 
@@ -508,7 +511,7 @@ class HFRollouts:
         the cumulative distribution passes a uniform number from the row's own seed. So a row
         does not depend on what shares its batch."""
         longest = max((len(prompt) + len(begun) for prompt, begun, _ in rows), default=0) + budget
-        # a token in a cache takes about a twentieth of the memory of a trained one
+        # a token in a cache takes a twentieth of a trained one's memory; 4 leaves a margin
         if len(rows) * longest > 4 * self.config.token_budget and len(rows) > 1:
             half = len(rows) // 2
             return self.sample(rows[:half], budget, stop) + self.sample(rows[half:], budget, stop)
@@ -587,6 +590,9 @@ class VLLMRollouts:
 
         random_state = torch.get_rng_state()
         options = VLLM_OPTIONS | {"gpu_memory_utilization": config.gpu_share}
+        if not torch.cuda.is_available():  # the CPU build has no seeds for prompts in parts
+            options |= {"enable_chunked_prefill": False,
+                        "max_num_batched_tokens": max(8192, max_length)}
         if world() > 1:  # one engine in each process
             options["distributed_executor_backend"] = "external_launcher"
         self.llm = vllm.LLM(model=path, dtype=config.dtype, max_model_len=max_length, seed=0,
@@ -627,9 +633,10 @@ HARMLESS = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_pos
 
 def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
               scaling: float, **settings):
-    """Attention for transformers: (R, H, T, D), (R, G, S, D), (R, G, S, E) -> (R, T, H, E).
-    The T queries are the last of the S keys; without a mask it is causal. torch's flash
-    attention takes no mask and no float32, which a norm of the keys makes under autocast.
+    """Attention for transformers: (R, H, T, D), (R, G, S, D), (R, G, S, E) -> (R, T, H, E),
+    H heads, G heads of keys, their sizes D and E. The T queries are the last of the S keys;
+    without a mask it is causal. torch's flash attention takes no mask and no float32 (which
+    a norm of the keys makes under autocast).
     """
     unknown = {name for name, value in settings.items() if value is not None} - HARMLESS
     if unknown:
@@ -689,22 +696,22 @@ class TokenLogProbs(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         """(N, D), (V, D), (N,) -> (N,)."""
         n, W = max(1, CHUNK[hidden.device.type] // len(weight)), weight.to(hidden.dtype)
-        log_p, log_Z = [], []
+        log_p, norms = [], []
         for h, t in zip(hidden.split(n), target.split(n)):
             logits = output_logits(h, W)  # (n, V)
-            log_Z.append(logits.logsumexp(-1))
-            log_p.append(logits.gather(1, t[:, None])[:, 0] - log_Z[-1])
-        ctx.save_for_backward(hidden, weight, target, torch.cat(log_Z))
+            norms.append(logits.logsumexp(-1))
+            log_p.append(logits.gather(1, t[:, None])[:, 0] - norms[-1])
+        ctx.save_for_backward(hidden, weight, target, torch.cat(norms))
         return torch.cat(log_p)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """d log_p / d logits = onehot(target) - softmax(logits)."""
-        hidden, weight, target, log_Z = ctx.saved_tensors
+        hidden, weight, target, norms = ctx.saved_tensors
         n, W = max(1, CHUNK[hidden.device.type] // len(weight)), weight.to(hidden.dtype)
         d_hidden, d_weight = [], torch.zeros_like(weight)
-        for h, t, log_z, g in zip(*(x.split(n) for x in (hidden, target, log_Z, grad))):
-            d_logits = output_logits(h, W).sub_(log_z[:, None]).exp_()  # the softmax, (n, V)
+        for h, t, norm, g in zip(*(x.split(n) for x in (hidden, target, norms, grad))):
+            d_logits = output_logits(h, W).sub_(norm[:, None]).exp_()  # the softmax, (n, V)
             d_logits.mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])
             d_logits = d_logits.to(h.dtype)
             d_hidden.append(d_logits @ W)
@@ -720,7 +727,7 @@ class SharedPrompt:
     """The keys and values of a prompt, computed once for its M rollouts.
 
     The responses are differentiated with respect to `leaves`, copies of these keys and
-    values. Their gradients add up there. At the end `backward` carries the sum through the
+    values. Gradients add up in the leaves; `backward` then carries the sum through the
     prompt, once. This is exact: backward is linear in the gradient that comes in.
     """
 
@@ -760,8 +767,8 @@ class SharedPrompt:
             torch.autograd.backward(self.outputs, gradients)
 
     def copy_tokens(self) -> int:
-        """The size of one row's copy of the keys and values, in trained tokens. Such a token
-        keeps about the inputs and outputs of all matrices, 4 bytes each."""
+        """Memory of one row's copy of the keys and values, in trained tokens. Such a token
+        stores about the inputs and outputs of all matrices, 4 bytes each."""
         shapes = [p.shape for p in self.model.base_model.parameters() if p.dim() == 2]
         kept = 4 * (sum(map(sum, shapes)) - sum(self.model.get_input_embeddings().weight.shape))
         return math.ceil(sum(x.numel() * self.dtype.itemsize for x in self.leaves) / kept)
@@ -804,7 +811,7 @@ def score(shared: SharedPrompt, group: Group, rows: list[int],
 
 
 def coefficients(log_w: Tensor, group: Group, config: Config) -> Coefficients:
-    """(a, b) of the chosen method, (M,) each. A new estimator is a line here."""
+    """(a, b) of the chosen method, (M,) each. A new one is a line here, and in Config."""
     if config.method == "grpo":
         return grpo_coefficients(group.reward)
     if config.method == "paft":
@@ -857,7 +864,7 @@ def prompt_metrics(group: Group, log_w: Tensor, trained: list[int], gap: Tensor,
         reward = group.reward.mean().item()
         return row | {"loss": 1 - reward, "reward": reward}
     log_P = log_mean(log_w).item()
-    a, b = garl_coefficients(log_w, config.q)
+    a, b = garl_coefficients(log_w, config.q)  # GARL's, whatever the method
     return row | {
         "loss": tsallis_loss(log_P, config.q).item(),
         "log_P": log_P,
@@ -892,7 +899,7 @@ def make_optimizer(model, config: Config) -> torch.optim.Optimizer:
 
 
 def q_of(step: int, config: Config) -> float:
-    """The q of a step. Another schedule of q is a change of this line."""
+    """The q of a step: --q-end from --q-steps on. Another schedule is a change of this line."""
     return config.q + (config.q_end - config.q) * min(1, step / config.q_steps)
 
 
@@ -917,8 +924,8 @@ def sample_groups(run: Run, step: int) -> list[Group]:
     groups = []
     for (record, prompt), seed, rollouts in zip(examples, seeds, samples):
         # an answer without its end token is no answer
-        reward = [template.ends.issuperset(r.y[-1:]) and exact_match(
-            template.text(r.y), record.answer) for r in rollouts]
+        reward = [bool(r.y) and r.y[-1] in template.ends
+                  and exact_match(template.text(r.y), record.answer) for r in rollouts]
         if not grpo:
             rollouts = [r._replace(y=template.gold(record.answer)) for r in rollouts]
         groups.append(Group(record, prompt, rollouts, torch.tensor(reward).double(), seed))
@@ -951,9 +958,9 @@ def train_step(run: Run, step: int) -> dict:
         group, template = groups[0], run.engine.template
         append_jsonl(run.out / "samples.jsonl", [{
             "step": step, "gold": group.record.answer, "log_w": results[0][0][m].item(),
-            "rationale": template.tokenizer.decode(group.rollouts[m].z),
-            "answer": template.text(group.rollouts[m].y)} for m in (0, 1)])
-    # AdamW divides a gradient by its own size + eps, so weights with less hardly move
+            "reward": group.reward[m].item(), "answer": template.text(group.rollouts[m].y),
+            "rationale": template.tokenizer.decode(group.rollouts[m].z)} for m in (0, 1)])
+    # AdamW divides a gradient by its size + eps: below eps a weight hardly moves
     above = [(p.grad.abs() > config.eps).sum().item() for p in run.model.parameters()]
     adamw = config.optimizer == "adamw" and math.isfinite(norm)
     return row | {"q": config.q, "lr": lr, "grad_norm": norm,
@@ -979,7 +986,7 @@ def check_sampler(gap: float | None, config: Config) -> None:
 # --- 10. Validation and checkpoints ---------------------------------------------------
 def sample_answers(engine, examples: list[Example], config: Config) -> list[list[str] | None]:
     """`eval_samples` answers to every prompt; None for a prompt that was too long. Seeds
-    depend on the prompt's place alone, so eval.py can repeat a validation."""
+    depend on --seed and the prompt's place alone, so eval.py can repeat a validation."""
     mine = [(i, prompt) for i, (_, prompt) in enumerate(examples) if prompt][rank()::world()]
     seeds = [seed_of(config.seed, "evaluation", i) for i, _ in mine]
     rollouts = generate(engine, [prompt for _, prompt in mine], seeds, config.eval_samples,
@@ -1051,6 +1058,7 @@ def load_model(path: str, device: torch.device):
         ends = model.generation_config.eos_token_id or []
         template = Template(tokenizer, ends if isinstance(ends, list) else [ends])
         layers = DynamicCache(config=model.config).layers
+        # is_sliding is None for layers without attention
         if not model._supports_attention_backend or None in (x.is_sliding for x in layers):
             raise ValueError("transformers cannot replace its attention, or it has none")
         model.set_attn_implementation("lower_right")
@@ -1157,9 +1165,10 @@ def main(argv: list[str] | None = None) -> None:
             if due and row[f"val_maj@{config.eval_samples}"] > run.best:
                 run.best, run.best_step = row[f"val_maj@{config.eval_samples}"], step
                 save(run, "best")
-            if due or step == config.steps or any(gather(stop)):
+            ends = any(gather(stop))
+            if due or step == config.steps or ends:
                 save(run, "last")
-            if any(gather(stop)):
+            if ends:
                 break
     say(f"{run.step} of {config.steps} steps done; validation was best at step {run.best_step}, "
         f"in {out}/best\ngo on with --resume {out} --steps N")

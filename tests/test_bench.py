@@ -7,17 +7,11 @@ from pathlib import Path
 BENCH = str(Path(__file__).with_name("bench.py"))
 
 
-def test_the_benchmark_reports_phases_share_memory_and_the_growth_between_shapes():
-    arguments = ["--repeats", "1", "--prompt", "40", "80", "--response", "8", "--M", "4", "--dtype", "float32"]
-    done = subprocess.run([sys.executable, BENCH, *arguments], capture_output=True, text=True, timeout=200)
+def test_it_reports_phases_memory_and_share_of_every_shape():
+    argv = ["--repeats", "1", "--prompt", "40", "80", "--response", "8", "--M", "4"]
+    done = subprocess.run([sys.executable, BENCH, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"torch \d", done.stdout) and done.stdout.count("medians of 1") == 2
-    assert re.search(r"rollout [\d.]+ s, train [\d.]+ s, sync [\d.]+ s; \d+ tokens/s", done.stdout)
-    assert re.search(r"[\d.]+% of the measured float32 matrix rate", done.stdout)
-    assert re.search(r"prompt 80 M 4 over prompt 40 M 4: [\d.]+, median", done.stdout)
-
-
-def test_a_variant_that_cannot_start_ends_the_benchmark_with_an_error_not_a_hang(tmp_path):
-    done = subprocess.run([sys.executable, BENCH, "--model", str(tmp_path)], capture_output=True, text=True, timeout=100)
-    assert done.returncode != 0 and "error: the process of hf ended" in done.stderr
-    assert "that folder holds no whole model" in done.stderr
+    found = re.findall(r"prompt (\d+), response 8, M 4, hf: medians of 1: rollout ([\d.]+) s, "
+                       r"train ([\d.]+) s, peak ([\d.]+) GiB, ([\d.]+)%", done.stdout)
+    assert [row[0] for row in found] == ["40", "80"]
+    assert all(0 < float(row[3]) and 0 < float(row[4]) <= 100 for row in found)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error, group_of, plain_gradient, plain_log_probs
+from conftest import error, group_of, plain_gradient
 from torch.nn.attention.bias import causal_lower_right
 
 import tsallis_rl
@@ -24,15 +24,19 @@ def pool(random_model, lab, config):
     return prompts, generate(engine, prompts, [0, 100, 200], M, THINK, ANSWER)
 
 
-def test_sampler_log_probs(random_model, lab, config):
-    """The sampler's log p are the model's, with prompts and responses of unequal lengths."""
-    prompts = [list(range(6, 6 + n)) for n in (3, 9, 9, 5)]
-    begun = [[], [20, 21, 22], [], [23]]
+def test_sampler(random_model, lab, config):
+    """The sampler draws by the model's distribution and the row's own random numbers, with
+    prompts and responses of unequal lengths."""
+    asked = [([*range(6, 6 + n)], begun, n) for n, begun in (
+        (3, []), (9, [20, 21, 22]), (9, []), (5, [23]))]
     for budget in (8192, 20):  # one batch, or one for each row
         engine = HFRollouts(random_model, lab[1], config(token_budget=budget))
-        samples = engine.sample(list(zip(prompts, begun, [1, 2, 3, 4])), 10, lab[1].stop())
-        for prompt, start, (ids, log_p) in zip(prompts, begun, samples):
-            plain = plain_log_probs(random_model, prompt + start, ids)
+        samples = engine.sample(asked, 10, lab[1].stop())
+        for (prompt, begun, seed), (ids, log_p) in zip(asked, samples):
+            logits = random_model(torch.tensor([prompt + begun + ids])).logits[0]
+            uniform = torch.rand(10, dtype=torch.float64, generator=tsallis_rl.seeded(seed))
+            token, plain = draw(logits[-len(ids) - 1:-1], uniform[:len(ids)])
+            assert token.tolist() == ids
             torch.testing.assert_close(torch.tensor(log_p), plain, rtol=0, atol=1e-4)
 
 
@@ -153,7 +157,8 @@ def test_token_log_probs(chunk, monkeypatch):
     plain = (hidden @ weight.T).log_softmax(-1).gather(-1, target[:, None])[:, 0]
     fast = token_log_probs(hidden, weight, target)
     torch.testing.assert_close(fast, plain, rtol=0, atol=1e-13)
-    for x, y in zip(*(torch.autograd.grad(out, (hidden, weight), upstream) for out in (fast, plain))):
+    grads = [torch.autograd.grad(out, (hidden, weight), upstream) for out in (fast, plain)]
+    for x, y in zip(*grads):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
 
 
@@ -187,21 +192,3 @@ def test_draw():
     torch.testing.assert_close(log_p, p.log()[token], rtol=0, atol=1e-12)
     edges = draw(p.log().expand(2, 5), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
     assert edges[0].tolist() == [0, 4]
-
-
-def test_distribution(random_model, lab, config):
-    """Two sampled tokens have the model's joint distribution, by a chi-square test."""
-    prompt, n = [7, 30, 12, 45], 4000
-    pairs = HFRollouts(random_model, lab[1], config()).sample(
-        [(prompt, [], seed) for seed in range(n)], 2, set())
-    with torch.no_grad():
-        one = random_model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
-        after = torch.tensor([prompt + [i] for i in range(len(one))])
-        p = one[:, None] * random_model(after).logits[:, -1].double().softmax(-1)
-    seen = torch.zeros_like(p)
-    for (i, j), _ in pairs:
-        seen[i, j] += 1
-    large = n * p >= 5  # the usual rule; the rest is one cell
-    p, seen = (torch.cat([x[large], x[~large].sum()[None]]) for x in (p, seen))
-    degrees, chi_square = len(p) - 1, ((seen - n * p).square() / (n * p)).sum()
-    assert degrees > 10 and chi_square < degrees + 5 * (2 * degrees) ** 0.5

@@ -68,7 +68,8 @@ def test_two_processes_equal_one(method, runs):
     one, two = (runs[0] / f"{method}{n}" for n in (1, 2))
     assert difference(one, two) < 1e-5  # sums in another order; measured 1e-7
     for a, b in zip(rows(one), rows(two), strict=True):
-        assert a.keys() == b.keys() and a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-4)
+        assert a.keys() == b.keys()
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-4)
         assert all(b[key] == value for key, value in a.items() if key.startswith("val_"))
     settings = json.loads((two / "config.json").read_text())["settings"]
     assert settings["eps"] == 1e-6

@@ -1,8 +1,6 @@
 """The program on small models: its steps, seeds, numbers and checkpoints; and it learns."""
 import json
 import math
-import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,15 +11,13 @@ from conftest import SMALL, program, rows, same, weights
 
 import tsallis_rl
 from data import Record
-from data.files import UserError
-from tsallis_rl import (FORCED, Config, Group, HFRollouts, Rollout, Run, batch_of, check_sampler,
-                        coefficients, encode, generate, prompt_metrics, q_of, sample_answers,
-                        sample_groups)
+from tsallis_rl import (Group, HFRollouts, Rollout, batch_of, coefficients, prompt_metrics, q_of,
+                        sample_answers, sample_groups)
 
 
 # --- Runs, checkpoints, --resume ----------------------------------------------------------
 @pytest.mark.parametrize("method, optimizer", (
-    ("garl", "adamw"), ("paft", "adamw"), ("paft", "sgd"), ("grpo", "adamw")))
+    ("garl", "adamw"), ("paft", "sgd"), ("grpo", "adamw")))
 def test_resume(method, optimizer, small, tmp_path):
     """A run that stopped, at a validation or between two, is the whole run bit for bit."""
     start = SMALL if method == "grpo" else small  # a random model earns no reward
@@ -44,9 +40,9 @@ def step_of(run, name):
     return torch.load(Path(run) / name / "trainer.pt", weights_only=True)["step"]
 
 
-@pytest.mark.parametrize("stop", (None, 1, 2))
+@pytest.mark.parametrize("stop", (None, 2))
 @pytest.mark.parametrize("script, best", (([5, 30, 20, 25], 1), ([5, 10, 10, 7], 1),
-                                          ([9, 3, 8, 4], 0), ([0, 1, 2, 3], 3)))
+                                          ([0, 1, 2, 3], 3)))
 def test_best(script, best, stop, small, tmp_path, monkeypatch):
     """best is the first of the highest validations, also when the run was resumed."""
     run = str(tmp_path / "run")
@@ -56,17 +52,6 @@ def test_best(script, best, stop, small, tmp_path, monkeypatch):
     rest = ["--resume", run] if stop else [*small, "--out", run]
     assert program([*rest, "--steps", "3"]) == 0
     assert step_of(run, "best") == best and step_of(run, "last") == 3
-
-
-def test_eval_every(small, tmp_path, monkeypatch):
-    """A short run validates its last step; off the grid the last step is saved alone."""
-    run, long = str(tmp_path / "run"), str(tmp_path / "long")
-    scripted(monkeypatch, [10, 20])
-    assert program([*small, "--eval-every", "40", "--steps", "2", "--out", run]) == 0
-    assert step_of(run, "best") == 2 and [len(r) > 2 for r in rows(run)] == [False, True, True]
-    scripted(monkeypatch, [10, 20])
-    assert program([*small, "--eval-every", "2", "--steps", "3", "--out", long]) == 0
-    assert step_of(long, "best") == 2 and step_of(long, "last") == 3
 
 
 def test_folder(tmp_path):
@@ -84,7 +69,8 @@ def test_folder(tmp_path):
         assert transformers.AutoTokenizer.from_pretrained(run / name).eos_token == "<|im_end|>"
     assert len(rows(run, "samples.jsonl")) == 2
     state = torch.load(run / "last" / "trainer.pt", weights_only=True)["optimizer"]
-    assert state["param_groups"][0]["eps"] == 1e-6 and state["param_groups"][0]["lr"] == 3e-4 * 2 / 5
+    group = state["param_groups"][0]
+    assert group["eps"] == 1e-6 and group["lr"] == pytest.approx(3e-4 * 2 / 5)
     # asked for a state that is not there, torch makes one by a step: then this is 3
     assert {float(s["step"]) for s in state["state"].values()} == {2.0}
 
@@ -92,56 +78,11 @@ def test_folder(tmp_path):
 def test_step_0(small, tmp_path):
     """Step 0 validates the model as it comes and moves neither weights nor AdamW's state."""
     run = tmp_path / "run"
-    assert program([*SMALL, "--method", "garl", "--steps", "0", "--out", str(run)]) == 0
-    assert [row.keys() for row in rows(run)] == [{"step", "val_p@1", "val_p@4", "val_maj@4"}]
-    assert not torch.load(run / "last" / "trainer.pt", weights_only=True)["optimizer"]["state"]
-    start = weights(tsallis_rl.LAB_MODEL, ".")
+    assert program([*SMALL, "--steps", "0", "--out", str(run)]) == 0
+    start, state = weights(tsallis_rl.LAB_MODEL, "."), run / "last" / "trainer.pt"
     assert all(torch.equal(w, start[name]) for name, w in weights(run).items())
-
-
-def test_refused(small, tmp_path, capsys):
-    """A run is not overwritten, and keeps its settings, its records and its validation."""
-    run, data = str(tmp_path / "run"), tmp_path / "data"
-    data.mkdir()
-    source = Path(tsallis_rl.LAB_MODEL).parent
-    for split in ("train", "validation"):
-        lines = (source / f"{split}.jsonl").read_text().splitlines(True)[:8]
-        (data / f"{split}.jsonl").write_text("".join(lines))
-    assert program([*small, "--data", str(data), "--steps", "1", "--out", run]) == 0
-    before = rows(run)
-    saved = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
-    other = {"data": "ledger", "model": "x", "start": "cold", "method": "garl",
-             "optimizer": "sgd", "dtype": "bfloat16", "out": None}
-    changes = {k: str(other.get(k, 0.5 if isinstance(v, float) else 7)) for k, v in saved.items()
-               if k not in tsallis_rl.MAY_CHANGE}
-    assert len(changes) > 20 and {"q", "q_end", "seed", "K", "limit", "eval_limit"} < set(changes)
-    for name, value in changes.items():
-        option = "--" + name.replace("_", "-")
-        assert program(["--resume", run, option, value, "--steps", "2"]) == 2
-        error = capsys.readouterr().err
-        assert name in error and error.count("\n") == 1
-    assert program([*small, "--steps", "2", "--out", run]) == 2
-    for split in ("train", "validation"):
-        text = (data / f"{split}.jsonl").read_text()
-        (data / f"{split}.jsonl").write_text(text.replace('"answer": "', '"answer": "1', 1))
-        assert program(["--resume", run, "--steps", "2"]) == 2
-        assert "records" in capsys.readouterr().err and rows(run) == before
-        (data / f"{split}.jsonl").write_text(text)
-    assert program(["--resume", run, "--steps", "2", "--token-budget", "99"]) == 0
-
-
-@pytest.mark.parametrize("options", (["--data", "finqa"], ["--model", "Qwen/Qwen3-0.6B"],
-                                     ["--rollout", "vllm"], ["--q", "1.5"], ["--M", "1"],
-                                     ["--method", "PAFT"], ["--batch-size", "0"], ["--what"]))
-def test_one_line(options, small, tmp_path, capsys):
-    """What cannot be loaded or is out of range is one line and code 2, and leaves nothing."""
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-    try:
-        assert program([*small, *options, "--out", str(tmp_path / "run")]) == 2
-    except SystemExit as exit:  # argparse's
-        assert exit.code == 2
-    assert capsys.readouterr().err.strip().count("\n") == 0 and not (tmp_path / "run").exists()
-    assert options[0] != "--method" or "vllm" not in sys.modules
+    assert not torch.load(state, weights_only=True)["optimizer"]["state"]
+    assert rows(run)[0].keys() == {"step", "val_p@1", "val_p@4", "val_maj@4"}
 
 
 def test_limits(small, lab, tmp_path, monkeypatch):
@@ -176,18 +117,20 @@ def test_batches(config):
 
 
 @pytest.mark.parametrize("method", ("paft", "grpo"))
-def test_every_draw_has_its_seed(method, tmp_path, monkeypatch):
-    """No two random numbers of a run share a seed, also where a generator keeps 32 bits and
-    a record comes twice in a step."""
+def test_every_draw_has_its_seed(method, small, tmp_path, monkeypatch):
+    """No two random numbers of two runs share a seed, also where a generator keeps 32 bits
+    and a record comes twice in a step. Validations of a run repeat theirs."""
     seeds, real = [], tsallis_rl.seeded
     monkeypatch.setattr(tsallis_rl, "seeded", lambda seed: (seeds.append(seed), real(seed))[1])
-    assert program([*SMALL, "--limit", "3", "--batch-size", "4", "--method", method, "--steps",
-                    "3", "--eval-every", "4", "--out", str(tmp_path / "run")]) == 0
-    step = 4 * 4 * (2 if method == "grpo" else 1) + 4 * (method == "paft")
-    assert len(seeds) == 2 * 3 * 4 * 2 + 3 * step  # two validations of 3 prompts, 4 samples
-    again = [3 * 4 * 2, len(seeds) - 3 * 4 * 2]
-    assert seeds[:again[0]] == seeds[again[1]:]  # validations repeat theirs
-    assert len({seed % 2**32 for seed in seeds}) == again[1]
+    runs = [*small, "--limit", "3", "--batch-size", "4", "--method", method, "--steps", "3"]
+    for seed in "01":
+        assert program([*runs, "--eval-every", "3", "--seed", seed, "--out",
+                        str(tmp_path / seed)]) == 0
+    step = 4 * 2 * (2 if method == "grpo" else 1) + 4 * (method == "paft")
+    validation = 3 * 2 * 2  # prompts, samples, parts of a sample
+    whole = 2 * validation + 3 * step
+    assert len(seeds) == 2 * whole and seeds[:validation] == seeds[whole - validation:whole]
+    assert len({seed % 2**32 for seed in seeds}) == 2 * (whole - validation)
 
 
 class Scribe:
@@ -196,57 +139,28 @@ class Scribe:
     def __init__(self, template, answers):
         self.template, self.seeds, self.answers = template, [], answers
 
-    def sample(self, prompts, begun, seeds, budget, stop):
-        self.seeds.append(list(seeds))
-        given = self.answers if any(begun) else [self.template.close]
-        return [(given[row % len(given)], [-1.0]) for row in range(len(seeds))]
+    def sample(self, rows, budget, stop):
+        self.seeds.append([seed for *_, seed in rows])
+        given = self.answers if rows[0][1] else [self.template.close]
+        return [(given[i % len(given)], [-1.0]) for i in range(len(rows))]
 
 
-@pytest.fixture
-def make_run(lab, config, tmp_path):
-    """A run of the lab model, without its start: make_run(records, answers, **settings)."""
-    def make(records, answers=None, **settings):
-        settings = config(**{"rollout": "hf", "M": 4, "batch_size": 2, "eval_samples": 4} | settings)
-        model, template = lab
-        engine = Scribe(template, answers) if answers else HFRollouts(model, template, settings)
-        examples = encode(records, settings, template, model, training=True)
-        optimizer = tsallis_rl.make_optimizer(model, settings)
-        return Run(settings, tmp_path, model, engine, optimizer, examples, examples)
-    return make
-
-
-def records(n):
-    return [Record(str(i), f"What is {i}+3?", f"{i}+3", str(i + 3)) for i in range(n)]
-
-
-def test_seeds_of_steps(make_run):
-    """Steps, prompts and repeats of a record have seeds of their own; so has another run."""
-    run = make_run(records(1))
-    one, two = sample_groups(run, 1)
-    assert one.record == two.record and [r.z for r in one.rollouts] != [r.z for r in two.rollouts]
-    run = make_run(records(3))
-    seeds = [g.seed for step in range(1, 10) for g in sample_groups(run, step)]
-    assert len({seed + m for seed in seeds for m in range(4)}) == 9 * 2 * 4
-    assert {g.seed for g in sample_groups(make_run(records(3), seed=1), 1)}.isdisjoint(seeds)
-
-
-def test_seeds_of_validation(make_run, lab):
+def test_seeds_of_validation(lab, config):
     """A prompt's evaluation seeds depend on its place and the run's seed alone."""
-    run = make_run(records(5), [lab[1].gold("5")])
+    engine, settings = Scribe(lab[1], [lab[1].gold("5")]), config(eval_samples=4)
+    examples = [(None, [7, 8, i]) for i in range(5)]
     for _ in range(2):
-        assert sample_answers(run.engine, run.validation, run.config) == [["5"] * 4] * 5
-    first, _, again, _ = run.engine.seeds
-    assert len(set(first)) == 5 * 4 and first == again
-    run.validation[1] = (run.validation[1][0], [])  # too long
-    assert sample_answers(run.engine, run.validation, run.config)[1] is None
-    assert run.engine.seeds[4] == first[:4] + first[8:]
-    other = make_run(records(5), [lab[1].gold("5")], seed=1)
-    sample_answers(other.engine, other.validation, other.config)
-    assert not set(other.engine.seeds[0]) & set(first)
+        assert sample_answers(engine, examples, settings) == [["5"] * 4] * 5
+    examples[1] = (None, [])  # too long
+    assert sample_answers(engine, examples, settings)[1] is None
+    sample_answers(engine, examples, config(eval_samples=4, seed=1))
+    first, again, short, other = engine.seeds[::2]
+    assert first == again and short == first[:4] + first[8:]
+    assert len(set(first + other)) == 5 * 4 + 4 * 4
 
 
 # --- One step -----------------------------------------------------------------------------
-def test_reward(make_run, lab):
+def test_reward(lab, config):
     """The reward is for the gold answer with an end token, and for nothing that looks like it."""
     template = lab[1]
     [four], [two] = map(template.encode, "42")
@@ -255,8 +169,8 @@ def test_reward(make_run, lab):
              ([start, four, two, end], 0), ([four, two, start], 0), ([four, end], 0), ([end], 0),
              ([two, four, end], 0), ([four, two, *template.separator, end], 1), ([], 0),
              ([four, *template.close, two, end], 0)]
-    run = make_run([Record("0", "6*7?", "6*7", "42")], [ids for ids, _ in cases],
-                   method="grpo", M=len(cases), batch_size=1)
+    run = SimpleNamespace(engine=Scribe(template, [ids for ids, _ in cases]), config=config(
+        method="grpo", M=len(cases), batch_size=1), train=[(Record("", "", "", "42"), [7, 8])])
     [group] = sample_groups(run, 1)
     assert group.reward.tolist() == [reward for _, reward in cases]
     assert [r.y for r in group.rollouts] == [ids for ids, _ in cases]
@@ -287,8 +201,8 @@ def stepped(monkeypatch, config, gradients, **settings):
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     model = SimpleNamespace(parameters=lambda: [p], num_parameters=lambda: 2)
     settings = config(eval_every=99, **settings)
-    engine = SimpleNamespace(sync=lambda model: None)
-    run = SimpleNamespace(config=settings, model=model, engine=engine, step=0, skipped=0,
+    run = SimpleNamespace(config=settings, model=model, step=0,
+                          engine=SimpleNamespace(sync=lambda model: None),
                           optimizer=tsallis_rl.make_optimizer(model, settings))
 
     def group_gradient(model, gradient, config):
@@ -328,10 +242,9 @@ def test_eps(monkeypatch, config):
 
 
 @pytest.mark.parametrize("bad", (math.nan, math.inf))
-@pytest.mark.parametrize("optimizer", ("adamw", "sgd"))
-def test_not_finite(bad, optimizer, monkeypatch, config):
-    """A gradient that is not finite moves neither the weights nor the optimizer's state."""
-    settings = dict(optimizer=optimizer, lr=0.1, warmup=0)
+def test_not_finite(bad, monkeypatch, config):
+    """A gradient that is not finite moves neither the weights nor AdamW's state."""
+    settings = dict(lr=0.1, warmup=0)
     history = stepped(monkeypatch, config, [[3.0, 4.0], [bad, 1.0], [1.0, 1.0]], **settings)
     plain = stepped(monkeypatch, config, [[3.0, 4.0], [1.0, 1.0]], **settings)
     assert history[1][0] == [0, 0] and [history[i][0] for i in (0, 2)] == [x for x, _ in plain]
@@ -364,30 +277,18 @@ def test_methods(config):
         assert n.sum().item() == pytest.approx(K or 4) and torch.allclose(n, n.round())
 
 
-@pytest.mark.parametrize("gap, good", ((0.0005, True), (0.002, False), (math.nan, False),
-                                       (math.inf, False), (None, True)))
-def test_check_sampler(gap, good, config):
-    """A gap above the bound, or one that is no number, stops the run."""
-    if good:
-        return check_sampler(gap, config())
-    with pytest.raises(UserError, match="differ"):
-        check_sampler(gap, config())
-
-
-@pytest.mark.parametrize("errors", ([0.01], [0.01, -0.01], [math.nan]))
-def test_stale_sampler(errors, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("errors, code", (([0.0005], 0), ([0.01, -0.01], 2), ([math.nan], 2)))
+def test_stale_sampler(errors, code, small, tmp_path, monkeypatch, capsys):
     """A sampler that disagrees stops the run before its step, even if errors cancel."""
     sample, run = HFRollouts.sample, str(tmp_path / "run")
-    assert program([*SMALL, "--steps", "2", "--out", run]) == 0
+    assert program([*small, "--steps", "1", "--out", run]) == 0
     before = weights(run)
     monkeypatch.setattr(HFRollouts, "sample", lambda *args: [
         (ids, [x + errors[i % len(errors)] for i, x in enumerate(log_p)])
         for ids, log_p in sample(*args)])
-    assert program(["--resume", run, "--steps", "3"]) == 2
-    assert "sampler and trainer differ" in capsys.readouterr().err and len(rows(run)) == 3
-    monkeypatch.undo()
-    assert all(torch.equal(w, before[name]) for name, w in weights(run).items())
-    assert program(["--resume", run, "--steps", "3"]) == 0
+    assert program(["--resume", run, "--steps", "2"]) == code
+    assert ("sampler and trainer differ" in capsys.readouterr().err) == (code == 2)
+    assert all(torch.equal(w, before[k]) for k, w in weights(run).items()) == (code == 2)
 
 
 # --- It learns ----------------------------------------------------------------------------

