@@ -32,9 +32,9 @@ def trained(tmp_path_factory):
 def questions(tmp_path, monkeypatch):
     """Four records in the current folder and, instead of a model, an answer that is right and
     two that are wrong. The list has the (Config, records) of each sampling."""
-    for split in data.SPLITS:
-        lines = [json.dumps({"id": f"{split}{i}", "warm_prompt": split, "cold_prompt": split,
-                             "answer": str(i)}) for i in range(4)]
+    lines = [json.dumps({"id": f"q{i}", "warm_prompt": "w", "cold_prompt": "c", "answer": str(i)})
+             for i in range(4)]
+    for split in data.SPLITS[1:]:
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     calls = []
 

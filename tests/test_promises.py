@@ -203,8 +203,8 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_stays(run, three, capfd):
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_other_records_are_refused_on_resume(split, small, tmp_path, capsys):
     for name in ("train", "validation", "test"):
-        lines = [json.dumps({"id": f"{name}{i}", "warm_prompt": f"{name} {i}?",
-                             "cold_prompt": f"{name} {i}?", "answer": str(i)}) for i in range(4)]
+        lines = [json.dumps({"id": f"{name}{i}", "warm_prompt": f"{i}?", "cold_prompt": f"{i}?",
+                             "answer": str(i)}) for i in range(4)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     out = tmp_path / "run"
     assert program([*small, "--data", str(tmp_path), "--steps", "2", "--out", str(out)]) == 0
