@@ -244,7 +244,8 @@ def test_paths_hold_in_every_folder(small, run, three, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv", [
     "--q 2", "--q nan", "--M 1", "--M x", "--steps -1", "--lr -1", "--batch-size 0",
-    "--method PAFT", "--nonsense 1", "surplus", "--q", "--data nowhere", "--data finqa:nowhere", "--model nowhere",
+    "--method PAFT", "--nonsense 1", "surplus", "--q", "--data nowhere", "--data finqa:nowhere",
+    "--model nowhere",
     "--model .", "--resume nowhere", "--resume .", "--out /dev/null/run", "--eval-samples 0"])
 def test_bad_input_is_one_line_and_code_2(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
