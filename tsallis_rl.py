@@ -48,7 +48,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
-from typing import Iterable, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Iterable, Literal, NamedTuple, get_args, get_type_hints
 
 os.environ.setdefault("GOMP_SPINCOUNT", "500")  # or idle threads slow a shared CPU down
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -132,13 +132,12 @@ class Config:
             value, kinds = getattr(self, name), get_args(kind) or (kind,)
             least = 0 if float in kinds or name in ("steps", "warmup", "seed") else 1
             most = 1 if name in ("q", "q_end", "gpu_share") else 2**63
-            if get_origin(kind) is Literal:
-                good = value in kinds
-            elif type(value) in (int, float):
-                good = (type(value) in kinds or float in kinds) and least <= value <= most
-            else:
-                good = type(value) in kinds
-            if not good or (name == "M" and value < 2):
+            # a word, the right type, or a number without a point
+            good = value in kinds or type(value) in kinds or (
+                float in kinds and type(value) is int)
+            if good and isinstance(value, (int, float)):
+                good = least <= value <= most and (name != "M" or value > 1)
+            if not good:
                 raise UserError(f"--{name.replace('_', '-')} cannot be {value!r}")
 
 
