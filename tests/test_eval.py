@@ -34,7 +34,7 @@ def questions(tmp_path, monkeypatch):
     two that are wrong. The list has the (Config, records) of each sampling."""
     lines = [json.dumps({"id": f"q{i}", "warm_prompt": "w", "cold_prompt": "c", "answer": str(i)})
              for i in range(4)]
-    for split in data.SPLITS:
+    for split in data.SPLITS[1:]:
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     calls = []
 
@@ -109,7 +109,8 @@ def test_a_full_disk_leaves_no_half_of_a_file(questions, capsys, monkeypatch):
     "", "--plot nowhere", "--plot test.jsonl", "--model m --plot run", "--model m --split dev",
     "--model m --limit -1", "--model m --eval-samples x", "--model m --data nowhere", "--samples 4",
     "--model m --data . --out test.jsonl", "--model m --data . --out no/x.jsonl",
-    "--plot run other", "--plot run --out run/metrics.jsonl", "--plot run --out no/x.png", "--model run/bad --data ."])
+    "--plot run other", "--plot run --out run/metrics.jsonl", "--plot run --out no/x.png",
+    "--model run/bad --data ."])
 def test_bad_input_is_one_line_and_code_2(arguments, questions, capsys):
     for name, row in (("run", '{"step": 1, "loss": 1}'), ("other", '{"epoch": 1}')):
         os.makedirs(f"{name}/bad")

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,17 @@ from data import files
 from data.files import UserError
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """While `full_disk(True)` holds, no file may grow beyond 100 bytes."""
+    """No file may grow beyond 100 bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then write() fails with EFBIG
-    yield lambda on: resource.setrlimit(resource.RLIMIT_FSIZE, (100 if on else soft, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("content, message", [
@@ -62,15 +66,13 @@ def test_not_finite():
     assert files.to_jsonl([row, {}]) == text + "{}\n"
 
 
-def test_write_text(tmp_path, full_disk, monkeypatch):
+def test_write_text(tmp_path, monkeypatch):
     """A failed write leaves the old text and nothing else; files beside it are never touched."""
     path = tmp_path / "text"
     (tmp_path / "text.tmp").write_text("not ours")
     files.write_text(path, "old")
-    full_disk(True)
-    with pytest.raises(UserError, match="text: File too large"):
+    with pytest.raises(UserError, match="text: File too large"), full_disk():
         files.write_text(path, "new" * 100)
-    full_disk(False)
     assert sorted(os.listdir(tmp_path)) == ["text", "text.tmp"] and path.read_text() == "old"
     assert (tmp_path / "text.tmp").read_text() == "not ours"
     monkeypatch.setattr(files, "sync", lambda path: synced.append(path.name.startswith(".")))
@@ -114,11 +116,10 @@ def test_kill_while_replacing(left, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["last"] and whole(last, "after")
 
 
-def test_full_disk_while_replacing(tmp_path, full_disk):
+def test_full_disk_while_replacing(tmp_path):
     """A full disk is one line; the old folder stays and no half-written one; so is no parent."""
     files.write_folder(tmp_path / "last", fill("old"))
-    full_disk(True)
-    with pytest.raises(UserError, match="cannot save .*last .*File too large"):
+    with pytest.raises(UserError, match="cannot save .*last .*File too large"), full_disk():
         files.write_folder(tmp_path / "last", fill("new" * 100))
     assert os.listdir(tmp_path) == ["last"] and whole(tmp_path / "last", "old")
     with pytest.raises(UserError, match="cannot save .*No such file"):

@@ -203,7 +203,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_stays(run, three, capfd):
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_other_records_are_refused_on_resume(split, small, tmp_path, capsys):
     for name in ("train", "validation", "test"):
-        lines = [json.dumps({"id": str(i), "warm_prompt": f"{i}?", "cold_prompt": f"{i}?",
+        lines = [json.dumps({"id": f"{name}{i}", "warm_prompt": f"{i}?", "cold_prompt": f"{i}?",
                              "answer": str(i)}) for i in range(4)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     out = tmp_path / "run"
@@ -244,7 +244,8 @@ def test_paths_hold_in_every_folder(small, run, three, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv", [
     "--q 2", "--q nan", "--M 1", "--M x", "--steps -1", "--lr -1", "--batch-size 0",
-    "--method PAFT", "--nonsense 1", "surplus", "--q", "--data nowhere", "--data finqa:nowhere", "--model nowhere",
+    "--method PAFT", "--nonsense 1", "surplus", "--q", "--data nowhere", "--data finqa:nowhere",
+    "--model nowhere",
     "--model .", "--resume nowhere", "--resume .", "--out /dev/null/run", "--eval-samples 0"])
 def test_bad_input_is_one_line_and_code_2(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
