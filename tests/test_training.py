@@ -174,6 +174,8 @@ def test_reward(lab, config):
     [group] = sample_groups(run, 1)
     assert group.reward.tolist() == [reward for _, reward in cases]
     assert [r.y for r in group.rollouts] == [ids for ids, _ in cases]
+    run.config = config(method="paft", M=3, batch_size=1)
+    assert [r.y for r in sample_groups(run, 1)[0].rollouts] == [template.gold("42")] * 3
 
 
 def test_metrics(config):
