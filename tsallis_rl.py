@@ -24,8 +24,8 @@ fine-tunes on the ones that were drawn, and attenuates by P^(1-q).
 Contents: 1 settings, 2 the loss, 3 the estimators, 4 several processes, 5 prompts and
 sequences, 6 rollouts, 7 the model, 8 the gradient of one prompt, 9 one step,
 10 validation and checkpoints, 11 the training loop. Sections 2 and 3 are the paper's
-equations. It does not say which optimizer, learning rate, batch size, clipping or prompts
-it used: these are our choices.
+equations. Optimizer, learning rate, batch size, clipping and prompts are our choices: the
+paper does not give them.
 
 Symbols: B prompts in a step, M rollouts of a prompt, K resampled ones; R rows in a batch,
 T tokens in a row, S tokens in a cache, V vocabulary, D hidden size, N scored tokens;
@@ -44,7 +44,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean

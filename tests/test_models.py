@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 import transformers as hf
-from conftest import CHAT, error, group_of, plain_gradient, plain_template, program, rows, weights
+from conftest import CHAT, error, group_of, plain_gradient, plain_template, program, weights
 
 import tsallis_rl
 from data import Record
