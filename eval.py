@@ -25,11 +25,14 @@ from transformers import HfArgumentParser
 # what the evaluation of a checkpoint takes over from its run, unless it is given
 FROM_RUN = ("data", "start", "prompt_limit", "think_budget", "answer_budget", "rollout",
             "token_budget", "eval_samples", "dtype", "seed")
-RULES = """p@1 mean over samples, p@n any of them, maj@n majority vote. Right by rule:
-  (none)  the gold answer is in the output, or an alias as whole words
-  paper   the gold answer is in the output
-  exact   the output is the gold answer (the training reward)
-  em, f1  as the official evaluators;  numeric  the same number as the gold answer"""
+RULES = {  # when an answer is right
+    "correct": "the gold answer is in it, or an alias as whole words",
+    "paper": "the gold answer is in it",
+    "exact": "it is the gold answer (the training reward)",
+    "numeric": "it is the same number as the gold answer",
+    "em": "the official evaluator says so",
+    "f1": "(overlap of words, by the official evaluator)",
+}
 
 
 # --- Settings -------------------------------------------------------------------------
@@ -115,14 +118,17 @@ def evaluate(given: argparse.Namespace) -> None:
 
     say(f"{config.model} on {config.data}, {given.split}: {len(records)} prompts, "
         f"{answers.count(None)} too long, {config.eval_samples} samples, {config.start} start, "
-        f"seed {config.seed}; percent [95% bootstrap interval]\n{RULES}\n")
+        f"seed {config.seed}\npercent [95% bootstrap interval]; p@1: mean over samples, "
+        f"p@{config.eval_samples}: any of them, maj@{config.eval_samples}: majority vote\n")
     for rule, columns in tabulate(graded, config.eval_samples).items():
-        cells = ["" if rule == "correct" else rule]
+        cells = ["**headline**" if rule == "correct" else rule]
         for values in columns.values():
             low, high = (100 * x for x in bootstrap_interval(values))
             cells.append(f"{100 * fmean(values):.1f} [{low:.1f}, {high:.1f}]")
+        cells.append(RULES.get(rule, ""))
         if rule == "correct":  # the first
-            say("| rule | " + " | ".join(columns) + " |\n" + "|---" * len(cells) + "|")
+            say("| rule | " + " | ".join(columns) + " | an answer is right if |\n"
+                + "|---" * len(cells) + "|")
         say("| " + " | ".join(cells) + " |")
     if rank() == 0:
         write_text(out, to_jsonl(graded))

@@ -178,7 +178,8 @@ def resolve(config: Config) -> Config:
 def parse(argv: list[str] | None = None) -> Config:
     """The settings from the command line. --resume takes those of the run as defaults."""
     # without a usage, errors are one line, with exit code 2
-    parser = HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False)
+    parser = HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False,
+                              epilog="* the default depends on --data, see PRESETS")
     given = parser.parse_args(argv)
     if given.resume:
         out = absolute(given.resume)
@@ -230,7 +231,7 @@ def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
 #
 #     method               a_m                         b_m                      answer y
 #     garl                 c_m / (M M^q)               w_m / (wbar^q M M^q)     gold
-#     garl, no baseline    w_m / (wbar^q M M^q)        same                     gold
+#     (garl, no baseline)  w_m / (wbar^q M M^q)        same                     gold
 #     garl-score           c_m / (M M^q)               0                        gold
 #     paft                 wbar^(1-q) n_m / (K M^q)    same; m drawn n_m times  gold
 #     grpo                 (r_m - mean r) / std r / M  same; r_m = [y_m = y*]   sampled
@@ -817,7 +818,7 @@ def coefficients(log_w: Tensor, group: Group, config: Config) -> Coefficients:
         generator = seeded(seed_of(group.seed, "resample"))
         return paft_coefficients(log_w, config.q, resample(log_w, config.K, generator))
     a, b = garl_coefficients(log_w, config.q)
-    return (a, b) if config.method == "garl" else (a, torch.zeros_like(b))
+    return (a, torch.zeros_like(b)) if config.method == "garl-score" else (a, b)
 
 
 def group_gradient(model, group: Group, config: Config) -> tuple[Tensor, dict]:
@@ -957,7 +958,7 @@ def train_step(run: Run, step: int) -> dict:
         group, template = groups[0], run.engine.template
         append_jsonl(run.out / "samples.jsonl", [{
             "step": step, "gold": group.record.answer, "log_w": results[0][0][m].item(),
-            "reward": group.reward[m].item(), "answer": template.text(group.rollouts[m].y),
+            "scored answer": template.text(group.rollouts[m].y),
             "rationale": template.tokenizer.decode(group.rollouts[m].z)} for m in (0, 1)])
     # AdamW divides a gradient by its size + eps: below eps a weight hardly moves
     above = [(p.grad.abs() > config.eps).sum().item() for p in run.model.parameters()]

@@ -63,7 +63,8 @@ def checked(record: Record, where: str) -> Record:
     for name, value in vars(record).items():
         for text in value if name == "aliases" else [value]:
             if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
-                raise UserError(f"{where}: {name!r} must be a string of valid Unicode")
+                raise UserError(f"{where}: {name!r} must be a string of valid Unicode, "
+                                f"not {text!r:.40}")
     if not usable(record.answer):
         raise UserError(f"{where}: no answer with a letter or a digit and without </think>")
     return replace(record, answer=record.answer.strip())
