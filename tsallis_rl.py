@@ -96,7 +96,7 @@ class Config:
     M: int = setting(32, "rollouts per prompt")
     K: int | None = setting(None, "PAFT: rationales resampled from the M; None is M")
     # model and data
-    data: str = setting("ledger", "ledger, finqa, hotpotqa, musique, NAME:PATH or PATH")
+    data: str = setting("ledger", "ledger (ours), finqa, hotpotqa, musique, NAME:PATH or PATH")
     start: Literal["warm", "cold"] = setting("warm", "prompt with or without instructions")
     model: str | None = setting(None, "Hugging Face folder or Hub id*")
     limit: int | None = setting(None, "use only this many records of each split")
@@ -144,7 +144,7 @@ class Config:
 LAB_MODEL = str(Path(__file__).resolve().parent / "data" / "ledger" / "model")
 HUB = dict(model="Qwen/Qwen3-0.6B", answer_budget=128, steps=200, lr=2e-6, eval_every=40,
            eval_limit=128)
-PRESETS = {  # model and budgets of the three data sets are the paper's (Section 7)
+PRESETS = {  # model and budgets of the three benchmarks are the paper's (its Section 7)
     "ledger": dict(model=LAB_MODEL, think_budget=24, answer_budget=8, steps=80, lr=3e-4,
                    eval_every=20),
     "finqa": HUB | dict(think_budget=4096 - 128),
@@ -224,19 +224,20 @@ def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
 #
 #     ghat = -wbar^(1-q)/(K M^q) sum_k grad log p(z_{r_k}, y* | x*)
 #
-# w_m / wbar^q is at most M^q. The algorithms divide by it, (12) and (14) do not. Under SGD
-# it acts as a smaller learning rate at larger q.
+# M^q bounds w_m / wbar^q. The algorithms divide by M^q, (12) and (14) do not. Under SGD this
+# acts as a smaller learning rate at larger q.
 #
 # Every method is a pair (a_m, b_m) in `surrogate_loss`:
 #
 #     method               a_m                         b_m                      answer y
 #     garl                 c_m / (M M^q)               w_m / (wbar^q M M^q)     gold
-#     (garl, no baseline)  w_m / (wbar^q M M^q)        same                     gold
+#     plug-in (no option)  w_m / (wbar^q M M^q)        same                     gold
 #     garl-score           c_m / (M M^q)               0                        gold
 #     paft                 wbar^(1-q) n_m / (K M^q)    same; m drawn n_m times  gold
 #     grpo                 (r_m - mean r) / std r / M  same; r_m = [y_m = y*]   sampled
 #
-# Everything is computed from log w in float64: w underflows long before w_m / wbar^q does.
+# Coefficients are computed from log w in float64 and applied in float32. For q > 0, w
+# underflows long before w_m / wbar^q.
 Coefficients = tuple[Tensor, Tensor]
 
 
@@ -265,7 +266,7 @@ def garl_coefficients(log_w: Tensor, q: float, baseline: bool = True) -> Coeffic
     q = 0: Rao-Blackwellised REINFORCE with a leave-one-out baseline; unbiased.
     q = 1: the IWAE gradient. For q > 0 the bias is O(1/M) (Theorem 6.1).
     baseline=False is the plug-in estimator. Its expectation is the same (Prop. 6.2).
-    If no rollout succeeds, w is small but not 0, so there is a gradient.
+    Where every sampled answer would be wrong, w > 0: there is a gradient.
     log_w: (..., M), in nats, M >= 2. Returns (a, b) of the same shape.
     """
     M = log_w.shape[-1]
@@ -401,7 +402,7 @@ class Template:
         return self.encode(answer) + [self.end]
 
     def stop(self) -> set[int]:
-        """What ends a rationale: end tokens, and </think> if it is one token."""
+        """What ends a rationale: end tokens, and </think> if it is one token of this model."""
         return self.ends | set(self.close) if len(self.close) == 1 else self.ends
 
     def forced(self, z: Ids) -> Ids:
@@ -441,12 +442,12 @@ def encode(records: list[Record], config: Config, template: Template, model,
     """The records with their prompts. One that is too long, or that leaves no room in the
     model's positions, becomes [] and is never cut."""
     examples, changed = [], 0
-    size, length = len(model.get_input_embeddings().weight), positions(model)
+    vocabulary, length = len(model.get_input_embeddings().weight), positions(model)
     for record in records:
         text = record.warm_prompt if config.start == "warm" else record.cold_prompt
         prompt, gold = template.prompt(text), template.gold(record.answer)
         control = [token for token in template.special if token in text + record.answer]
-        if control or not text.strip() or max(prompt + template.forced([]) + gold) >= size:
+        if control or not text.strip() or max(prompt + template.forced([]) + gold) >= vocabulary:
             raise UserError(f"record {record.id}: no {config.start}_prompt, control tokens "
                             f"{control}, or tokens that the model lacks")
         answer = max(config.answer_budget, len(gold) * training)  # only training scores gold
@@ -474,7 +475,7 @@ def seeded(seed: int) -> torch.Generator:
 
 # --- 6. Rollouts ----------------------------------------------------------------------
 # Both engines sample at temperature 1 from the whole vocabulary, because this is the
-# distribution that section 7 scores, up to rounding (`GAP_BOUND`).
+# distribution that `token_log_probs` scores, up to rounding (`GAP_BOUND`).
 Sampled = tuple[Ids, list[float]]  # ids and their log-probabilities
 Row = tuple[Ids, Ids, int]  # a prompt, what is begun of its response, a seed
 
@@ -575,7 +576,7 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return token[:, 0], log_p.gather(1, token)[:, 0]
 
 
-# Logits in float32, as in section 7: bfloat16 rounds log-probabilities by 0.06 nats.
+# Logits in float32, as in `output_logits`: bfloat16 rounds log-probabilities by 0.06 nats.
 VLLM_OPTIONS = dict(hf_overrides={"head_dtype": "float32"}, disable_log_stats=True,
                     use_tqdm_on_load=False)
 
@@ -586,11 +587,11 @@ class VLLMRollouts:
     def __init__(self, path: str, template: Template, config: Config, max_length: int):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that weights stay in process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        import vllm  # takes seconds, and needs a GPU
+        import vllm  # takes seconds
 
         random_state = torch.get_rng_state()
         options = VLLM_OPTIONS | {"gpu_memory_utilization": config.gpu_share}
-        if not torch.cuda.is_available():  # the CPU build has no seeds for prompts in parts
+        if not torch.cuda.is_available():  # its CPU build has no seeds in chunked prefill
             options |= {"enable_chunked_prefill": False,
                         "max_num_batched_tokens": max(8192, max_length)}
         if world() > 1:  # one engine in each process
@@ -627,31 +628,31 @@ def autocast(model, config: Config) -> torch.autocast:
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 
-HARMLESS = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_position",
+IGNORED = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_position",
             "use_cache", "output_attentions", "output_router_logits"}
 
 
 def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
               scaling: float, **settings):
-    """Attention for transformers: (R, H, T, D), (R, G, S, D), (R, G, S, E) -> (R, T, H, E),
-    H heads, G heads of keys, their sizes D and E. The T queries are the last of the S keys;
-    without a mask it is causal. torch's flash attention takes no mask and no float32 (which
-    a norm of the keys makes under autocast).
+    """Attention for transformers: (R, H, T, d), (R, G, S, d), (R, G, S, e) -> (R, T, H, e),
+    H heads, G heads of keys, d and e their sizes. The T queries are the last of the S keys;
+    without a mask it is causal. torch's flash attention takes no mask and no float32; under
+    autocast a norm can leave the keys in float32.
     """
-    unknown = {name for name, value in settings.items() if value is not None} - HARMLESS
+    unknown = {name for name, value in settings.items() if value is not None} - IGNORED
     if unknown:
         raise UserError(f"this trainer does not know the model's attention: {sorted(unknown)}")
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    (R, H, T, D), (G, S) = query.shape, key.shape[1:3]
-    if mask is None and query.is_cuda and query.dtype != torch.float32 and value.shape[-1] == D:
+    (R, H, T, d), (G, S) = query.shape, key.shape[1:3]
+    if mask is None and query.is_cuda and query.dtype != torch.float32 and value.shape[-1] == d:
         out = F.scaled_dot_product_attention(query, key, value, causal_lower_right(T, S),
                                              scale=scaling, enable_gqa=True)
     else:  # the query heads of one key head are rows of one product: keys are not copied
         if mask is None:
             mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=query.device).tril(S - T)
-        rows, mask = query.reshape(R, G, -1, D), mask.repeat(1, 1, H // G, 1)
+        rows, mask = query.reshape(R, G, -1, d), mask.repeat(1, 1, H // G, 1)
         out = F.scaled_dot_product_attention(rows, key, value, mask, scale=scaling)
     return out.reshape(R, H, T, -1).transpose(1, 2).contiguous(), None
 
@@ -767,8 +768,8 @@ class SharedPrompt:
             torch.autograd.backward(self.outputs, gradients)
 
     def copy_tokens(self) -> int:
-        """Memory of one row's copy of the keys and values, in trained tokens. Such a token
-        stores about the inputs and outputs of all matrices, 4 bytes each."""
+        """Memory of one row's copy of the keys and values, counted in trained tokens. A token
+        keeps the inputs and outputs of all matrices, about 4 bytes each."""
         shapes = [p.shape for p in self.model.base_model.parameters() if p.dim() == 2]
         kept = 4 * (sum(map(sum, shapes)) - sum(self.model.get_input_embeddings().weight.shape))
         return math.ceil(sum(x.numel() * self.dtype.itemsize for x in self.leaves) / kept)
@@ -784,8 +785,8 @@ class Group(NamedTuple):
 
 
 def micro_batches(shared: SharedPrompt, group: Group, rows: Iterable[int]) -> list[list[int]]:
-    """Split rollouts, the longest first. Each part keeps to the token budget: the prompt,
-    and for each row its response and its copy of the prompt's keys and values."""
+    """Split rollouts, the longest first, so that the prompt and the rows (response and copy
+    of the prompt's keys and values) fit the token budget; one row always goes."""
     length = lambda m: len(group.rollouts[m].ids)
     rows, batches = sorted(rows, key=length, reverse=True), []
     room, copy = shared.config.token_budget - len(group.prompt), shared.copy_tokens()
@@ -799,8 +800,8 @@ def micro_batches(shared: SharedPrompt, group: Group, rows: Iterable[int]) -> li
 def score(shared: SharedPrompt, group: Group, rows: list[int],
           y_alone: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """log p(z | x) and log p(y | x, z) of R rollouts, (R,) each, and the sampler's gap
-    |log p sampler - log p trainer| of each token of z. `y_alone`: only the second is right;
-    with the gold answer it is log w."""
+    |log p sampler - log p trainer| of each token of z. `y_alone`: z is not scored, use the
+    second alone; with the gold answer it is log w."""
     device = shared.model.device
     ids = pad([group.rollouts[m].ids for m in rows], device)  # (R, T)
     kinds = pad([group.rollouts[m].kinds for m in rows], device)
@@ -826,7 +827,7 @@ def group_gradient(model, group: Group, config: Config) -> tuple[Tensor, dict]:
 
     All rollouts are scored first, without gradients, because the coefficients need the w
     of all of them. Then those with a coefficient that is not 0 run again, with gradients.
-    w comes from the trainer's model, not from the sampler. Returns log w and metrics.
+    w comes from the trainer's model, not from the sampler. Returns log w (grpo: 0), metrics.
     """
     # Autocast keeps its copies of the weights until the outermost context ends. The prompt
     # makes them, with gradients, and all other passes use them again.
@@ -899,7 +900,7 @@ def make_optimizer(model, config: Config) -> torch.optim.Optimizer:
 
 
 def q_of(step: int, config: Config) -> float:
-    """The q of a step: --q-end from --q-steps on. Another schedule is a change of this line."""
+    """q at a step, linear from --q (step 0) to --q-end. Another schedule changes this line."""
     return config.q + (config.q_end - config.q) * min(1, step / config.q_steps)
 
 
