@@ -427,10 +427,12 @@ class Rollout(NamedTuple):
 
     @property
     def ids(self) -> Ids:
+        """All tokens of the response."""
         return self.z + self.forced + self.y
 
     @property
     def kinds(self) -> list[int]:
+        """The kind of each."""
         return [Z] * len(self.z) + [FORCED] * len(self.forced) + [Y] * len(self.y)
 
 
@@ -591,7 +593,7 @@ class VLLMRollouts:
 
         random_state = torch.get_rng_state()
         options = VLLM_OPTIONS | {"gpu_memory_utilization": config.gpu_share}
-        if not torch.cuda.is_available():  # its CPU build has no seeds in chunked prefill
+        if not torch.cuda.is_available():  # vLLM's CPU build: no seeds in chunked prefill
             options |= {"enable_chunked_prefill": False,
                         "max_num_batched_tokens": max(8192, max_length)}
         if world() > 1:  # one engine in each process
@@ -628,8 +630,9 @@ def autocast(model, config: Config) -> torch.autocast:
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 
+# what models tell their attention, and what changes nothing here
 IGNORED = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_position",
-            "use_cache", "output_attentions", "output_router_logits"}
+           "use_cache", "output_attentions", "output_router_logits"}
 
 
 def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
@@ -961,7 +964,7 @@ def train_step(run: Run, step: int) -> dict:
             "step": step, "gold": group.record.answer, "log_w": results[0][0][m].item(),
             "scored answer": template.text(group.rollouts[m].y),
             "rationale": template.tokenizer.decode(group.rollouts[m].z)} for m in (0, 1)])
-    # AdamW divides a gradient by its size + eps: below eps a weight hardly moves
+    # AdamW divides a gradient by its size + eps: where it is below eps, a weight hardly moves
     above = [(p.grad.abs() > config.eps).sum().item() for p in run.model.parameters()]
     adamw = config.optimizer == "adamw" and math.isfinite(norm)
     return row | {"q": config.q, "lr": lr, "grad_norm": norm,
