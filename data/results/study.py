@@ -95,8 +95,8 @@ def schedules() -> list[Job]:
 # Rows of HotpotQA and MuSiQue with their supporting paragraphs. MODEL and OFFICIAL are
 # environment variables: a model's folder, and one with hotpotqa/ and musique/ in it.
 REAL = ("--rollout hf --dtype bfloat16 --model $MODEL --think-budget 32 --answer-budget 16 "
-        "--M 8 --batch-size 4 --eval-limit 30")
-LONG = "--steps 80 --eval-every 20"
+        "--M 8 --batch-size 4 --eval-limit 30 --token-budget 16384")
+LONG = "--steps 60 --eval-every 20"
 
 
 def real(name: str, start: str, methods: dict[str, tuple], seeds: tuple, variant: str = "lr=5e-5",
@@ -109,6 +109,14 @@ def real(name: str, start: str, methods: dict[str, tuple], seeds: tuple, variant
             yield f"{method} {start},{variant} q={q:g} seed={seed}", f"{REAL} {data} {chosen}"
 
 
+def after_garl(seed: int) -> Iterator[Job]:
+    """GRPO from the checkpoint that GARL has after 20 steps."""
+    model = WORK / "hotpotqa" / f"garl_cold,20-steps_q=0.75_seed={seed}" / "last"
+    for name, command in real("hotpotqa", "cold", {"grpo": (0,)}, (seed,), "after-garl",
+                              "--lr 5e-5 --steps 40 --eval-every 20"):
+        yield name, command.replace("$MODEL", str(model))
+
+
 def tables() -> dict[str, list[Job]]:
     """Table -> its runs."""
     cold = {"grpo": (0,), "garl": (0, 0.25, 0.5, 0.75, 1)}
@@ -118,7 +126,7 @@ def tables() -> dict[str, list[Job]]:
     optimizers = {"adamw": "--lr 3e-4", "sgd": "--optimizer sgd --lr 0.3"}
     warm_rates = {f"lr={lr}": f"--lr {lr}" for lr in ("3e-4", "1e-3", "3e-3")}
     short = "--steps 48 --eval-every 16"
-    real_cold = {"base": (0,), "grpo": (0,), "garl": (0.75, 0, 1), "paft": (0.75, 1)}
+    real_cold = {"base": (0,), "garl": (0.75, 0, 1), "paft": (0.75, 1)}
     real_warm = {"base": (0,), "grpo": (0,), "garl": (0.25, 0.75), "paft": (0.25, 0.75)}
     musique = {"base": (0,), "grpo": (0,), "garl": (0.75,), "paft": (0.75,)}
     high = {"garl": (0.25, 0.75), "paft": (0.25, 0.75)}
@@ -131,11 +139,16 @@ def tables() -> dict[str, list[Job]]:
         "schedule": schedules(),
         "hotpotqa": [
             *real("hotpotqa", "cold", real_cold, SEEDS),
+            *real("hotpotqa", "cold", {"grpo": (0,)}, SEEDS,
+                  options="--lr 5e-5 --steps 120 --eval-every 20"),
             *real("hotpotqa", "warm", real_warm, SEEDS),
             *real("hotpotqa", "cold", {"garl": (0,)}, SEEDS, "eps=1e-20",
                   f"--lr 5e-5 --eps 1e-20 {LONG}"),
             *real("hotpotqa", "warm", high, (0,), "lr=1.5e-4", f"--lr 1.5e-4 {LONG}"),
             *real("hotpotqa", "cold", {"garl": (0.25, 0.5)}, (0,)),
+            *real("hotpotqa", "cold", {"garl": (0.75,)}, SEEDS, "20-steps",
+                  "--lr 5e-5 --steps 20 --eval-every 20"),
+            *(job for seed in SEEDS for job in after_garl(seed)),
         ],
         "musique": list(real("musique", "cold", musique, (0, 1))),
         "real": earlier(),
@@ -232,10 +245,9 @@ def gated(c: float) -> Iterator[None]:
 
 
 def load_engine(config, model: str, records: list):
-    """A checkpoint on the CPU as a sampler, and the records with their prompts."""
-    import torch
+    """A checkpoint as a sampler, and the records with their prompts."""
     import tsallis_rl as t
-    network, template = t.load_model(model, torch.device("cpu"))
+    network, template = t.load_model(model, t.start_processes())
     examples = t.encode(records, config, template, network, training=False)
     return t.HFRollouts(network, template, config), examples
 
@@ -283,7 +295,13 @@ def run_one(job: tuple[str, str, str]) -> dict:
         line |= evaluate_real(command, out)
     elif code == 0 and table not in ("gate", "real"):
         line["test"] = evaluate(command, str(out / "best"))
-    line["peak_GB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+    gpu = torch.cuda.is_available()
+    line["device"] = torch.cuda.get_device_name() if gpu else "cpu"
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000
+    line["peak_GB"] = round((torch.cuda.max_memory_allocated() if gpu else resident) / 1e9, 2)
+    steps = [row["seconds_rollout"] + row["seconds_train"]
+             for row in read_log(out / "metrics.jsonl") if "seconds_train" in row]
+    line["step_seconds"] = round(fmean(steps), 2) if steps else None
     names = ("log_P", "above_eps") if table == "gate" else COLUMNS
     line["metrics"] = columns(out / "metrics.jsonl", names)
     if table in ("gate", "real"):
@@ -296,10 +314,13 @@ def run_tables(todo: list[tuple[str, str, str]], jobs: int) -> None:
     process and on a thread of its own."""
     done = {table: {line["run"] for line in read(table)} for table, *_ in todo}
     todo = [job for job in todo if job[1] not in done[job[0]]]
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
-        for i, (job, line) in enumerate(zip(todo, pool.imap(run_one, todo)), 1):
-            append_jsonl(RESULTS / f"{job[0]}.jsonl", [line])
-            print(f"{i}/{len(todo)} {job[0]} {line['run']}: {line['seconds']} s", flush=True)
+    # a run that starts from another one's checkpoint comes after all others
+    later = [job for job in todo if f"--model {WORK}" in job[2]]
+    for batch in ([job for job in todo if job not in later], later):
+        with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+            for i, (job, line) in enumerate(zip(batch, pool.imap(run_one, batch)), 1):
+                append_jsonl(RESULTS / f"{job[0]}.jsonl", [line])
+                print(f"{i}/{len(batch)} {job[0]} {line['run']}: {line['seconds']} s", flush=True)
 
 
 # What is asked of a language model on real rows: how often it is right, and whether it is the
