@@ -19,13 +19,9 @@ fine-tunes on the ones that were drawn, and attenuates by P^(1-q).
 
     python tsallis_rl.py --q 0.75 --method paft                             # on a CPU
     python tsallis_rl.py --q 0.75 --method garl --data finqa --start cold   # on a GPU
-    python eval.py --model runs/NAME/best --split test                      # p@1, maj@16
 
-Contents: 1 settings, 2 the loss, 3 the estimators, 4 several processes, 5 prompts and
-sequences, 6 rollouts, 7 the model, 8 the gradient of one prompt, 9 one step,
-10 validation and checkpoints, 11 the training loop. Sections 2 and 3 are the paper's
-equations. Optimizer, learning rate, batch size, clipping and prompts are our choices: the
-paper does not give them.
+Sections 2 and 3 are the paper's equations, 8 and 9 its algorithms; the rest serves them.
+The optimizer, its settings and the prompts are ours: the paper gives none.
 
 Symbols: B prompts in a step, M rollouts of a prompt, K resampled ones; R rows in a batch,
 T tokens in a row, S tokens in a cache, V vocabulary, D hidden size, N scored tokens;
@@ -45,14 +41,13 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 from typing import Iterable, Literal, NamedTuple, get_args, get_type_hints
 
-os.environ.setdefault("GOMP_SPINCOUNT", "500")  # or idle threads slow a shared CPU down
+os.environ.setdefault("GOMP_SPINCOUNT", "500")  # idle threads slow a CPU down
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-# not needed here, and a build that does not fit torch would break transformers
+# not needed; a build that does not fit torch would break transformers
 for name in ("torchvision", "torchaudio", "torchcodec"):
     sys.modules.setdefault(name, None)
 
@@ -69,7 +64,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache,
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
-from data import Record, dataset_name, load
+from data import Record, defaults, load
 from data.files import (UserError, append_jsonl, exit_code, open_folder, read_json,
                         write_folder, write_text)
 from data.verifiers import exact_match, summarize
@@ -77,7 +72,7 @@ from data.verifiers import exact_match, summarize
 Ids = list[int]  # token ids
 
 
-# --- 1. Settings ----------------------------------------------------------------------
+# --- 1. Settings ----------------------------------------------
 def setting(default, help: str):
     """A field of `Config` with its help text."""
     return field(default=default, metadata={"help": help})
@@ -85,16 +80,16 @@ def setting(default, help: str):
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. * means that the default depends on the data (`PRESETS`)."""
+    """All settings of a run. *: the default depends on the data (`data.defaults`)."""
 
     # method
-    q: float = setting(0.75, "0 is RLVR, 1 the log-likelihood (eq. 3)")
+    q: float = setting(0.75, "0 is RLVR, 1 the log-likelihood (eq. 3); grpo has none")
     q_end: float | None = setting(None, "move q to this value")
     q_steps: int = setting(40, "steps from --q to --q-end, linearly")
     method: Literal["garl", "garl-score", "paft", "grpo"] = setting(
         "paft", "garl-score has no pathwise term; grpo is for comparison")
     M: int = setting(32, "rollouts per prompt")
-    K: int | None = setting(None, "PAFT: rationales resampled from the M; None is M")
+    K: int | None = setting(None, "PAFT alone: rationales resampled from the M; None is M")
     # model and data
     data: str = setting("ledger", "ledger (ours), finqa, hotpotqa, musique, NAME:PATH or PATH")
     start: Literal["warm", "cold"] = setting("warm", "prompt with or without instructions")
@@ -104,8 +99,7 @@ class Config:
     # sampling
     think_budget: int | None = setting(None, "tokens before </think> is forced*")
     answer_budget: int | None = setting(None, "tokens of a sampled answer*")
-    rollout: Literal["auto", "vllm", "hf"] = setting(
-        "auto", "hf: transformers; auto: vllm on a GPU, else hf")
+    rollout: Literal["auto", "vllm", "hf"] = setting("auto", "auto: vllm on a GPU, else hf")
     gpu_share: float = setting(0.4, "share of the GPU's memory for vLLM")
     # optimization
     steps: int | None = setting(None, "optimizer steps*")
@@ -113,10 +107,9 @@ class Config:
     lr: float | None = setting(None, "learning rate*")
     warmup: int = setting(5, "steps of linear warm-up")
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "without weight decay")
-    eps: float = setting(1e-8, "AdamW's epsilon: smaller gradients move little")
+    eps: float = setting(1e-8, "AdamW alone: smaller gradients move little")
     clip: float = setting(1.0, "largest norm of the gradient")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "bfloat16: autocast; auto: bfloat16 on a GPU")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "bfloat16 is for a GPU")
     token_budget: int = setting(8192, "tokens in a micro-batch; lower it if memory ends")
     # run
     seed: int = setting(0, "of the data order and of every sample")
@@ -130,28 +123,14 @@ class Config:
         """Check every value, whether it came from the command line or from a file."""
         for name, kind in get_type_hints(Config).items():
             value, kinds = getattr(self, name), get_args(kind) or (kind,)
-            least = 0 if float in kinds or name in ("steps", "warmup", "seed") else 1
+            kinds += (int,) * (float in kinds)
+            least = {"M": 2, "steps": 0, "warmup": 0, "seed": 0}.get(name, float not in kinds)
             most = 1 if name in ("q", "q_end", "gpu_share") else 2**63
-            # a word, the right type, or a number without a point
-            good = value in kinds or type(value) in kinds or (
-                float in kinds and type(value) is int)
-            if good and isinstance(value, (int, float)):
-                good = least <= value <= most and (name != "M" or value > 1)
-            if not good:
+            good = value in kinds or type(value) in kinds  # a word, or the right type
+            if not good or (type(value) in (int, float) and not least <= value <= most):
                 raise UserError(f"--{name.replace('_', '-')} cannot be {value!r}")
 
 
-LAB_MODEL = str(Path(__file__).resolve().parent / "data" / "ledger" / "model")
-HUB = dict(model="Qwen/Qwen3-0.6B", answer_budget=128, steps=200, lr=2e-6, eval_every=40,
-           eval_limit=128)
-PRESETS = {  # model and budgets of the three benchmarks are the paper's (its Section 7)
-    "ledger": dict(model=LAB_MODEL, think_budget=24, answer_budget=8, steps=80, lr=3e-4,
-                   eval_every=20),
-    "finqa": HUB | dict(think_budget=4096 - 128),
-    "hotpotqa": HUB | dict(think_budget=3072 - 128),
-    "musique": HUB | dict(think_budget=2048 - 128),
-    "custom": HUB | dict(think_budget=2048 - 128),
-}
 MAY_CHANGE = {"resume", "out", "steps", "rollout", "token_budget", "gpu_share"}  # on --resume
 GAP_BOUND = {"float32": 1e-3, "bfloat16": 0.2}  # nats a token, between sampler and trainer
 
@@ -163,23 +142,21 @@ def absolute(path: str) -> str:
 
 def resolve(config: Config) -> Config:
     """Fill in what is None or "auto"; make paths absolute."""
-    preset = PRESETS[dataset_name(config.data)] | {"K": config.M, "q_end": config.q}
-    filled = {k: v for k, v in preset.items() if getattr(config, k) is None}
+    preset = defaults(config.data) | {"K": config.M, "q_end": config.q}
     if config.dtype == "auto":
-        filled["dtype"] = "bfloat16" if torch.cuda.is_available() else "float32"
-    config = replace(config, **filled)
-    name, colon, path = config.data.rpartition(":")
-    local = os.path.exists(absolute(path)) and config.data not in PRESETS
-    return replace(config, data=name + colon + absolute(path) if local else config.data,
-                   model=absolute(config.model) if os.path.exists(absolute(config.model))
-                   else config.model, eval_every=max(1, min(config.eval_every, config.steps)))
+        preset["dtype"] = "bfloat16" if torch.cuda.is_available() else "float32"
+    unset = [k for k, v in vars(config).items() if v in (None, "auto") or k == "data"]
+    config = replace(config, **{k: preset[k] for k in unset if k in preset})
+    folder = absolute(config.model)
+    return replace(config, model=folder if os.path.exists(folder) else config.model,
+                   eval_every=max(1, min(config.eval_every, config.steps)))
 
 
 def parse(argv: list[str] | None = None) -> Config:
     """The settings from the command line. --resume takes those of the run as defaults."""
     # without a usage, errors are one line, with exit code 2
     parser = HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False,
-                              epilog="* the default depends on --data, see PRESETS")
+                              epilog="* the default depends on --data")
     given = parser.parse_args(argv)
     if given.resume:
         out = absolute(given.resume)
@@ -195,7 +172,7 @@ def parse(argv: list[str] | None = None) -> Config:
     return resolve(Config(**vars(given)))
 
 
-# --- 2. The loss ----------------------------------------------------------------------
+# --- 2. The loss ----------------------------------------------
 def log_q(u: Tensor | float, q: float) -> Tensor:
     """Tsallis logarithm (1): (u^(1-q) - 1) / (1 - q) for 0 < u <= 1, and log u at q = 1."""
     return -tsallis_loss(torch.as_tensor(u).log(), q)
@@ -209,7 +186,7 @@ def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
     return -torch.expm1((1 - q) * log_P) / (1 - q)  # expm1: exact also for q near 1
 
 
-# --- 3. The estimators ----------------------------------------------------------------
+# --- 3. The estimators ----------------------------------------
 # M rationales z_m ~ p(z | x*) are drawn. w_m = p(y* | x*, z_m) is the likelihood of the
 # complete gold answer, through its end token. wbar is the mean of the M weights, and
 # wbar_{-m} the mean of the other M - 1.
@@ -236,8 +213,7 @@ def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
 #     paft                 wbar^(1-q) n_m / (K M^q)    same; m drawn n_m times  gold
 #     grpo                 (r_m - mean r) / std r / M  same; r_m = [y_m = y*]   sampled
 #
-# Coefficients are computed from log w in float64 and applied in float32. For q > 0, w
-# underflows long before w_m / wbar^q.
+# They are computed from log w in float64: w underflows long before w_m / wbar^q.
 Coefficients = tuple[Tensor, Tensor]
 
 
@@ -252,8 +228,7 @@ def log_mean(log_w: Tensor) -> Tensor:
 
 
 def log_mean_of_others(log_w: Tensor) -> Tensor:
-    """log wbar_{-m}: (..., M) -> (..., M). Sums the other M - 1 weights. Subtracting w_m
-    from the total would lose all digits where one weight dominates."""
+    """log wbar_{-m}: (..., M) -> (..., M). The total minus w_m could lose all digits."""
     M = log_w.shape[-1]
     diagonal = torch.eye(M, dtype=torch.bool, device=log_w.device)
     others = log_w.unsqueeze(-2).expand(*log_w.shape, M).masked_fill(diagonal, -math.inf)
@@ -300,8 +275,7 @@ def grpo_coefficients(reward: Tensor) -> Coefficients:
     """For comparison: GRPO on sampled answers, reward 0 or 1. reward: (..., M); M >= 2.
 
     All 0 where the rewards of a prompt agree: a model that never succeeds gets no
-    gradient. No KL term, no division by length. No ratio to clip: there is one update per
-    batch of rollouts, so it would be 1.
+    gradient. No KL term, no division by length; with one update per batch no ratio.
     """
     r = reward.detach().double()
     std = r.std(-1, keepdim=True)
@@ -309,7 +283,7 @@ def grpo_coefficients(reward: Tensor) -> Coefficients:
     return a, a
 
 
-# --- 4. Several processes, started by torchrun ----------------------------------------
+# --- 4. Several processes, started by torchrun ----------------
 def start_processes() -> torch.device:
     """Join the other processes, if there are any. Returns this one's device."""
     device = torch.device("cpu")
@@ -318,9 +292,7 @@ def start_processes() -> torch.device:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a new plan for every shape
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # the others wait while rank 0 saves
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -356,18 +328,15 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-# --- 5. Prompts and sequences: prompt | z | </think> | "\n\n" | answer | end token ----
-# Sequences are joined as token ids. Text is never decoded and encoded again, because that
-# could change the tokens that were sampled.
+# --- 5. Prompts and sequences: prompt | z | </think> | "\n\n" | answer | end token ---
+# Joined as token ids: decoding and encoding again could change what was sampled.
 CLOSE, SEPARATOR = "</think>", "\n\n"
 
 
 class Template:
-    """Turns text into token ids around the rationale, and back.
-
-    end: what the chat template puts after an answer, otherwise the tokenizer's end token.
-    ends: all tokens that stop a sample, also those of the model's generation config.
-    """
+    """Turns text into token ids around the rationale, and back. `end` is what the chat
+    template puts after an answer, otherwise the tokenizer's end token. `ends` stop a sample;
+    those of the model's generation config are among them."""
 
     def __init__(self, tokenizer, ends: Iterable[int] = ()):
         self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
@@ -376,13 +345,15 @@ class Template:
         added = tokenizer.added_tokens_decoder.items()
         self.special = {str(token): i for i, token in added if token.special}
         if tokenizer.chat_template:
-            turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "WORDS"}]
+            turns = [dict(role="user", content="Q"), dict(role="assistant", content="WORDS")]
             text = tokenizer.apply_chat_template(turns, tokenize=False)
             after = self.encode(text.partition("WORDS")[2])
             self.end = next((i for i in after if i in self.special.values()), self.end)
         if self.end is None:
             raise ValueError("the tokenizer has no end token: p(y* | x*, z) needs one")
         self.ends = {self.end, tokenizer.eos_token_id, *ends} - {None}
+        # a rationale also ends with </think>, if that is one token of this model
+        self.stop = self.ends | set(self.close) if len(self.close) == 1 else self.ends
 
     def encode(self, text: str) -> Ids:
         """Text as it is, without a start token."""
@@ -401,10 +372,6 @@ class Template:
         """y*. With its end token: otherwise "38" would count for the gold answer "3"."""
         return self.encode(answer) + [self.end]
 
-    def stop(self) -> set[int]:
-        """What ends a rationale: end tokens, and </think> if it is one token of this model."""
-        return self.ends | set(self.close) if len(self.close) == 1 else self.ends
-
     def forced(self, z: Ids) -> Ids:
         """The tokens that are put, not sampled, between z and the answer."""
         closed = z[-len(self.close):] == self.close
@@ -413,9 +380,6 @@ class Template:
     def text(self, y: Ids) -> str:
         """A sampled answer as text, without its end token."""
         return self.tokenizer.decode(y[:-1] if y and y[-1] in self.ends else y).strip()
-
-
-FORCED, Z, Y = 0, 1, 2  # kinds of tokens; forced ones, and padding, get no loss
 
 
 class Rollout(NamedTuple):
@@ -430,38 +394,33 @@ class Rollout(NamedTuple):
         """All tokens of the response."""
         return self.z + self.forced + self.y
 
-    @property
-    def kinds(self) -> list[int]:
-        """The kind of each."""
-        return [Z] * len(self.z) + [FORCED] * len(self.forced) + [Y] * len(self.y)
-
 
 Example = tuple[Record, Ids]  # a record and its prompt, [] where the sequence is too long
 
 
 def encode(records: list[Record], config: Config, template: Template, model,
            training: bool) -> list[Example]:
-    """The records with their prompts. One that is too long, or that leaves no room in the
-    model's positions, becomes [] and is never cut."""
-    examples, changed = [], 0
+    """The records with their prompts. One that is too long for --prompt-limit or for the
+    model's positions becomes []; it is not cut."""
+    examples, changed, forced = [], 0, template.forced([])
     vocabulary, length = len(model.get_input_embeddings().weight), positions(model)
     for record in records:
-        text = record.warm_prompt if config.start == "warm" else record.cold_prompt
+        text = getattr(record, f"{config.start}_prompt")
         prompt, gold = template.prompt(text), template.gold(record.answer)
         control = [token for token in template.special if token in text + record.answer]
-        if control or not text.strip() or max(prompt + template.forced([]) + gold) >= vocabulary:
-            raise UserError(f"record {record.id}: no {config.start}_prompt, control tokens "
-                            f"{control}, or tokens that the model lacks")
-        answer = max(config.answer_budget, len(gold) * training)  # only training scores gold
-        room = length - config.think_budget - len(template.forced([])) - answer
+        if control or not text.strip() or max(prompt + forced + gold) >= vocabulary:
+            raise UserError(f"record {record.id}: no {config.start}_prompt, or with control "
+                            f"tokens {control}, or with tokens that the model lacks")
+        answer = max(config.answer_budget, len(gold) if training else 0)
+        room = length - config.think_budget - len(forced) - answer
         fits = 2 <= len(prompt) <= min(config.prompt_limit, room)
         examples.append((record, prompt if fits else []))
         changed += not exact_match(template.text(gold), record.answer)
     kept = sum(bool(prompt) for _, prompt in examples)
     say(f"{kept} of {len(records)} prompts fit; {changed} gold answers change when encoded")
     if not kept:
-        raise UserError(f"no prompt has at most {config.prompt_limit} tokens (--prompt-limit) "
-                        f"and room in {length} positions (--think-budget)")
+        raise UserError(f"no prompt fits into {config.prompt_limit} tokens (--prompt-limit) "
+                        f"and the model's {length} positions (--think-budget)")
     return examples
 
 
@@ -470,14 +429,8 @@ def seed_of(*key) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=6).digest(), "big")
 
 
-def seeded(seed: int) -> torch.Generator:
-    """A generator that starts at a seed."""
-    return torch.Generator().manual_seed(seed)
-
-
-# --- 6. Rollouts ----------------------------------------------------------------------
-# Both engines sample at temperature 1 from the whole vocabulary, because this is the
-# distribution that `token_log_probs` scores, up to rounding (`GAP_BOUND`).
+# --- 6. Rollouts ----------------------------------------------
+# At temperature 1 from the whole vocabulary: `token_log_probs` scores this distribution.
 Sampled = tuple[Ids, list[float]]  # ids and their log-probabilities
 Row = tuple[Ids, Ids, int]  # a prompt, what is begun of its response, a seed
 
@@ -488,7 +441,7 @@ def generate(engine, prompts: list[Ids], seeds: list[int], n: int, think_budget:
     PAFT need no sampled answer (answer_budget = 0)."""
     template = engine.template
     rows = [(prompt, [], seed + m) for prompt, seed in zip(prompts, seeds) for m in range(n)]
-    thoughts = engine.sample(rows, think_budget, template.stop())
+    thoughts = engine.sample(rows, think_budget, template.stop)
     forced = [template.forced(z) for z, _ in thoughts]
     answers = [([], [])] * len(rows)
     if answer_budget:  # with the rationale's seed an answer would repeat its random numbers
@@ -506,22 +459,23 @@ class HFRollouts:
         self.model, self.template, self.config = model, template, config
 
     def sync(self, model) -> None:
-        """Nothing to do: the weights are the trainer's."""
+        """Nothing to do."""
 
     @torch.no_grad()
     def sample(self, rows: list[Row], budget: int, stop: set[int]) -> list[Sampled]:
         """Continue each row until a token of `stop`, or for `budget` tokens. A token is where
-        the cumulative distribution passes a uniform number from the row's own seed. So a row
-        does not depend on what shares its batch."""
-        longest = max((len(prompt) + len(begun) for prompt, begun, _ in rows), default=0) + budget
-        # a token in a cache takes a twentieth of a trained one's memory; 4 leaves a margin
-        if len(rows) * longest > 4 * self.config.token_budget and len(rows) > 1:
-            half = len(rows) // 2
-            return self.sample(rows[:half], budget, stop) + self.sample(rows[half:], budget, stop)
+        the cumulative distribution passes a uniform number. That is from the row's own seed,
+        so a row does not depend on its batch."""
         if not rows:
             return []
-        uniform = torch.stack([torch.rand(budget, dtype=torch.float64, generator=seeded(seed))
-                               for *_, seed in rows]).to(self.model.device)  # (R, T)
+        longest = max(len(prompt + begun) for prompt, begun, _ in rows) + budget
+        # a token in a cache takes a twentieth of a trained one's memory; 4 leaves a margin
+        if len(rows) * longest > 4 * self.config.token_budget and len(rows) > 1:
+            halves = rows[:len(rows) // 2], rows[len(rows) // 2:]
+            return [x for half in halves for x in self.sample(half, budget, stop)]
+        generators = [torch.Generator().manual_seed(seed) for *_, seed in rows]
+        uniform = torch.stack([torch.rand(budget, dtype=torch.float64, generator=generator)
+                               for generator in generators]).to(self.model.device)  # (R, T)
         samples, running = [([], []) for _ in rows], [True] * len(rows)
         batch = list(range(len(rows)))  # the rows that are still in the batch
         with autocast(self.model, self.config):
@@ -546,9 +500,9 @@ class HFRollouts:
         """The cache of all prompts without their last tokens, the ids that come next, (R, T),
         and the mask of both. A prompt that rows share runs once."""
         device, cache = self.model.device, Cache(layer_class_to_replicate=CastLayer)
-        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(x) for x, *_ in rows))}
-        copies = torch.tensor([place[tuple(prompt)] for prompt, *_ in rows], device=device)
-        firsts = [prompt[:-1] for prompt in place]
+        prompts = list(dict.fromkeys(tuple(prompt) for prompt, *_ in rows))  # each one once
+        copies = torch.tensor([prompts.index(tuple(prompt)) for prompt, *_ in rows]).to(device)
+        firsts = [prompt[:-1] for prompt in prompts]
         rests = [prompt[-1:] + begun for prompt, begun, _ in rows]
         mask, more = (pad([[1] * len(ids) for ids in part], device, "left")
                       for part in (firsts, rests))
@@ -559,7 +513,8 @@ class HFRollouts:
 
 def pad(rows: list[Ids], device: torch.device, side: str = "right") -> Tensor:
     """Lists of R lengths -> (R, T), with zeros."""
-    return pad_sequence([torch.tensor(row) for row in rows], True, padding_side=side).to(device)
+    rows = [torch.tensor(row) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_side=side).to(device)
 
 
 def next_logits(model, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
@@ -578,34 +533,31 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return token[:, 0], log_p.gather(1, token)[:, 0]
 
 
-# Logits in float32, as in `output_logits`: bfloat16 rounds log-probabilities by 0.06 nats.
-VLLM_OPTIONS = dict(hf_overrides={"head_dtype": "float32"}, disable_log_stats=True,
-                    use_tqdm_on_load=False)
-
-
 class VLLMRollouts:
     """Sampling with vLLM in this process. Weights are copied after every step."""
 
     def __init__(self, path: str, template: Template, config: Config, max_length: int):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that weights stay in process
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights stay in process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm  # takes seconds
-
-        random_state = torch.get_rng_state()
-        options = VLLM_OPTIONS | {"gpu_memory_utilization": config.gpu_share}
+        options = {}
         if not torch.cuda.is_available():  # vLLM's CPU build: no seeds in chunked prefill
-            options |= {"enable_chunked_prefill": False,
-                        "max_num_batched_tokens": max(8192, max_length)}
+            options = {"enable_chunked_prefill": False,
+                       "max_num_batched_tokens": max(8192, max_length)}
         if world() > 1:  # one engine in each process
             options["distributed_executor_backend"] = "external_launcher"
-        self.llm = vllm.LLM(model=path, dtype=config.dtype, max_model_len=max_length, seed=0,
-                            generation_config="vllm", enable_prefix_caching=True, **options)
-        torch.set_rng_state(random_state)  # vLLM seeds torch
-        self.template, self.SamplingParams = template, vllm.SamplingParams
+        self.llm = vllm.LLM(
+            model=path, dtype=config.dtype, max_model_len=max_length, seed=0,
+            gpu_memory_utilization=config.gpu_share, enable_prefix_caching=True,
+            # bfloat16 logits would round log-probabilities by 0.06 nats
+            hf_overrides={"head_dtype": "float32"},
+            generation_config="vllm",  # nothing that changes the distribution
+            disable_log_stats=True, use_tqdm_on_load=False, **options)
+        self.template, self.params = template, vllm.SamplingParams
         self.dtype = getattr(torch, config.dtype)
 
     def sync(self, model) -> None:
-        """Copy the trainer's weights, and forget the keys and values of the old ones."""
+        """Copy the trainer's weights; forget the keys and values of the old ones."""
         weights = ((name, w.to(self.dtype)) for name, w in model.state_dict().items())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self.llm.reset_prefix_cache():
@@ -613,17 +565,15 @@ class VLLMRollouts:
 
     def sample(self, rows: list[Row], budget: int, stop: set[int]) -> list[Sampled]:
         """As `HFRollouts.sample`."""
-        params = [self.SamplingParams(  # all that could change the distribution is spelled out
-            seed=seed, max_tokens=budget, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
-            presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0,
-            ignore_eos=True, stop_token_ids=list(stop), detokenize=False,
-            logprobs=0, flat_logprobs=True) for *_, seed in rows]
+        same = dict(max_tokens=budget, temperature=1.0, ignore_eos=True, detokenize=False,
+                    stop_token_ids=list(stop), logprobs=0, flat_logprobs=True)
+        params = [self.params(seed=seed, **same) for *_, seed in rows]
         contexts = [{"prompt_token_ids": prompt + begun} for prompt, begun, _ in rows]
-        outputs = [o.outputs[0] for o in self.llm.generate(contexts, params, use_tqdm=False)]
-        return [(list(o.token_ids), list(o.logprobs.logprobs)) for o in outputs]
+        done = [x.outputs[0] for x in self.llm.generate(contexts, params, use_tqdm=False)]
+        return [(list(x.token_ids), list(x.logprobs.logprobs)) for x in done]
 
 
-# --- 7. The model: attention, caches, log-probabilities of tokens ---------------------
+# --- 7. The model: attention, caches, log-probabilities of tokens ---
 def autocast(model, config: Config) -> torch.autocast:
     """bfloat16 arithmetic on float32 weights, if it is asked for."""
     enabled = config.dtype == "bfloat16"
@@ -639,13 +589,12 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
               scaling: float, **settings):
     """Attention for transformers: (R, H, T, d), (R, G, S, d), (R, G, S, e) -> (R, T, H, e),
     H heads, G heads of keys, d and e their sizes. The T queries are the last of the S keys;
-    without a mask it is causal. torch's flash attention takes no mask and no float32; under
-    autocast a norm can leave the keys in float32.
+    without a mask it is causal. Flash attention takes no mask and no float32.
     """
     unknown = {name for name, value in settings.items() if value is not None} - IGNORED
     if unknown:
         raise UserError(f"this trainer does not know the model's attention: {sorted(unknown)}")
-    if torch.is_autocast_enabled(query.device.type):
+    if torch.is_autocast_enabled(query.device.type):  # a norm can leave the keys in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     (R, H, T, d), (G, S) = query.shape, key.shape[1:3]
@@ -691,9 +640,8 @@ def output_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden weight^T)[target] in nats. The output layer must be a plain matrix;
-    `check_sampler` notices if it is not. The logits are computed in chunks, because all N x V
-    would not fit into memory. The backward pass computes them again; it is written by hand,
+    """log softmax(hidden weight^T)[target] in nats. Logits are computed in chunks, since all
+    N x V would not fit into memory, and again in the backward pass. That is written by hand,
     because torch.mm(out_dtype=) has no derivative."""
 
     @staticmethod
@@ -726,25 +674,29 @@ class TokenLogProbs(torch.autograd.Function):
 token_log_probs = TokenLogProbs.apply
 
 
-# --- 8. The gradient of one prompt ----------------------------------------------------
+# --- 8. The gradient of one prompt ----------------------------
 class SharedPrompt:
     """The keys and values of a prompt, computed once for its M rollouts.
 
-    The responses are differentiated with respect to `leaves`, copies of these keys and
-    values. Gradients add up in the leaves; `backward` then carries the sum through the
-    prompt, once. This is exact: backward is linear in the gradient that comes in.
+    The gradients of all responses add up in `leaves`, copies of these keys and values.
+    `backward` then carries the sum through the prompt, once. This is exact: backward is
+    linear in the gradient that comes in.
     """
 
     def __init__(self, model, prompt: Ids, config: Config):
         self.model, self.config, self.dtype = model, config, getattr(torch, config.dtype)
-        # the last prompt token is run with the response, because it predicts z's first token
+        # the last prompt token runs with the response: it predicts z's first token
         self.length, self.last = len(prompt) - 1, prompt[-1]
         cache = DynamicCache()
-        with autocast(model, config):
-            ids = torch.tensor([prompt[:-1]], device=model.device)
-            model.base_model(input_ids=ids, use_cache=True, **{cache_name(model): cache})
+        self.run(cache, torch.tensor([prompt[:-1]], device=model.device))
         self.outputs = [x for layer in cache.layers for x in (layer.keys, layer.values)]
         self.leaves = [x.detach().float().requires_grad_() for x in self.outputs]
+
+    def run(self, cache: Cache, ids: Tensor, **settings) -> Tensor:
+        """The last hidden states of ids (R, T) after what is in the cache: (R, T, D)."""
+        settings[cache_name(self.model)] = cache
+        with autocast(self.model, self.config):
+            return self.model.base_model(ids, use_cache=True, **settings).last_hidden_state
 
     def log_probs(self, ids: Tensor, scored: Tensor) -> Tensor:
         """log p of the scored tokens, 0 elsewhere: (R, T), (R, T) -> (R, T). Padding is on
@@ -753,29 +705,19 @@ class SharedPrompt:
         cache = Cache(layers=[CastLayer() for _ in self.leaves[::2]])
         for layer, k, v in zip(cache.layers, self.leaves[::2], self.leaves[1::2]):
             layer.keys, layer.values = (x.to(self.dtype).expand(R, -1, -1, -1) for x in (k, v))
-            layer.is_initialized = True  # no copy so far: each row reads the prompt's own
+            layer.is_initialized = True  # rows share the prompt's own: no copy so far
         inputs = F.pad(ids[:, :-1], (1, 0), value=self.last)
         position = torch.arange(self.length, self.length + T, device=ids.device)[None]
-        with autocast(self.model, self.config):
-            hidden = self.model.base_model(
-                input_ids=inputs, position_ids=position, use_cache=True,
-                **{cache_name(self.model): cache}).last_hidden_state  # (R, T, D)
+        hidden = self.run(cache, inputs, position_ids=position)
         weight = self.model.get_output_embeddings().weight
         log_p = token_log_probs(hidden[scored].to(self.dtype), weight, ids[scored])
-        return torch.zeros_like(ids, dtype=log_p.dtype).masked_scatter(scored, log_p)
+        return log_p.new_zeros(ids.shape).masked_scatter(scored, log_p)
 
     def backward(self) -> None:
         """Carry the gradients of the keys and values back through the prompt."""
         if self.leaves[0].grad is not None:
             gradients = [x.grad.to(y.dtype) for x, y in zip(self.leaves, self.outputs)]
             torch.autograd.backward(self.outputs, gradients)
-
-    def copy_tokens(self) -> int:
-        """Memory of one row's copy of the keys and values, counted in trained tokens. A token
-        keeps the inputs and outputs of all matrices, about 4 bytes each."""
-        shapes = [p.shape for p in self.model.base_model.parameters() if p.dim() == 2]
-        kept = 4 * (sum(map(sum, shapes)) - sum(self.model.get_input_embeddings().weight.shape))
-        return math.ceil(sum(x.numel() * self.dtype.itemsize for x in self.leaves) / kept)
 
 
 class Group(NamedTuple):
@@ -788,11 +730,12 @@ class Group(NamedTuple):
 
 
 def micro_batches(shared: SharedPrompt, group: Group, rows: Iterable[int]) -> list[list[int]]:
-    """Split rollouts, the longest first, so that the prompt and the rows (response and copy
-    of the prompt's keys and values) fit the token budget; one row always goes."""
+    """Split rollouts, the longest first, so that the prompt and the rows fit the token
+    budget. A row also holds a copy of the prompt's keys and values, in which a token takes
+    about a 20th of the memory. One row always goes."""
     length = lambda m: len(group.rollouts[m].ids)
     rows, batches = sorted(rows, key=length, reverse=True), []
-    room, copy = shared.config.token_budget - len(group.prompt), shared.copy_tokens()
+    room, copy = shared.config.token_budget - len(group.prompt), len(group.prompt) // 20
     while rows:
         size = max(1, room // (length(rows[0]) + copy))
         batches.append(rows[:size])
@@ -805,13 +748,16 @@ def score(shared: SharedPrompt, group: Group, rows: list[int],
     """log p(z | x) and log p(y | x, z) of R rollouts, (R,) each, and the sampler's gap
     |log p sampler - log p trainer| of each token of z. `y_alone`: z is not scored, use the
     second alone; with the gold answer it is log w."""
-    device = shared.model.device
-    ids = pad([group.rollouts[m].ids for m in rows], device)  # (R, T)
-    kinds = pad([group.rollouts[m].kinds for m in rows], device)
-    log_p = shared.log_probs(ids, kinds == Y if y_alone else kinds != FORCED)
-    sampler = torch.tensor([x for m in rows for x in group.rollouts[m].log_p], device=device)
-    gap = (log_p.detach()[kinds == Z] - sampler).abs()
-    return (log_p * (kinds == Z)).sum(-1), (log_p * (kinds == Y)).sum(-1), gap
+    rollouts, device = [group.rollouts[m] for m in rows], shared.model.device
+    ids = pad([r.ids for r in rollouts], device)  # (R, T)
+    # forced tokens, and padding, get no loss
+    kinds = [[1] * len(r.z) + [0] * len(r.forced) + [2] * len(r.y) for r in rollouts]
+    kinds = pad(kinds, device)
+    is_z, is_y = kinds == 1, kinds == 2
+    log_p = shared.log_probs(ids, is_y if y_alone else is_y | is_z)
+    sampler = torch.tensor([x for r in rollouts for x in r.log_p], device=device)
+    gap = (log_p.detach()[is_z] - sampler).abs()
+    return (log_p * is_z).sum(-1), (log_p * is_y).sum(-1), gap
 
 
 def coefficients(log_w: Tensor, group: Group, config: Config) -> Coefficients:
@@ -819,7 +765,7 @@ def coefficients(log_w: Tensor, group: Group, config: Config) -> Coefficients:
     if config.method == "grpo":
         return grpo_coefficients(group.reward)
     if config.method == "paft":
-        generator = seeded(seed_of(group.seed, "resample"))
+        generator = torch.Generator().manual_seed(seed_of(group.seed, "resample"))
         return paft_coefficients(log_w, config.q, resample(log_w, config.K, generator))
     a, b = garl_coefficients(log_w, config.q)
     return (a, torch.zeros_like(b)) if config.method == "garl-score" else (a, b)
@@ -828,12 +774,11 @@ def coefficients(log_w: Tensor, group: Group, config: Config) -> Coefficients:
 def group_gradient(model, group: Group, config: Config) -> tuple[Tensor, dict]:
     """Add 1/B of the gradient of one prompt's surrogate loss to .grad (Algorithms 1, 2).
 
-    All rollouts are scored first, without gradients, because the coefficients need the w
-    of all of them. Then those with a coefficient that is not 0 run again, with gradients.
-    w comes from the trainer's model, not from the sampler. Returns log w (grpo: 0), metrics.
+    All rollouts are scored first, without gradients: the coefficients need the w of all of
+    them. Then those with a coefficient that is not 0 run again, with gradients. Returns
+    log w (grpo: 0) and the metrics.
     """
-    # Autocast keeps its copies of the weights until the outermost context ends. The prompt
-    # makes them, with gradients, and all other passes use them again.
+    # autocast keeps its copies of the weights, made with gradients, until this context ends
     with torch.autocast(model.device.type, enabled=False):
         shared = SharedPrompt(model, group.prompt, config)
         log_w = torch.zeros(config.M, dtype=torch.float64)
@@ -859,11 +804,10 @@ def group_gradient(model, group: Group, config: Config) -> tuple[Tensor, dict]:
 def prompt_metrics(group: Group, log_w: Tensor, trained: list[int], gap: Tensor,
                    config: Config) -> dict:
     """What is logged about a prompt. README.md explains each name."""
-    row = {
-        "rationale_tokens": fmean(len(r.z) for r in group.rollouts),
-        "trained": len(trained) / config.M,
-        "sampler_gap": gap.mean().item() if len(gap) else None,
-    }
+    row = {"rationale_tokens": fmean(len(r.z) for r in group.rollouts),
+           "trained": len(trained) / config.M}
+    if len(gap):
+        row["sampler_gap"] = gap.mean().item()
     if config.method == "grpo":
         reward = group.reward.mean().item()
         return row | {"loss": 1 - reward, "reward": reward}
@@ -878,7 +822,7 @@ def prompt_metrics(group: Group, log_w: Tensor, trained: list[int], gap: Tensor,
     }
 
 
-# --- 9. One step ----------------------------------------------------------------------
+# --- 9. One step ----------------------------------------------
 @dataclass
 class Run:
     """All that a run consists of."""
@@ -903,7 +847,7 @@ def make_optimizer(model, config: Config) -> torch.optim.Optimizer:
 
 
 def q_of(step: int, config: Config) -> float:
-    """q at a step, linear from --q (step 0) to --q-end. Another schedule changes this line."""
+    """q at a step, linear from --q to --q-end. Another schedule is another line here."""
     return config.q + (config.q_end - config.q) * min(1, step / config.q_steps)
 
 
@@ -917,8 +861,8 @@ def batch_of(step: int, config: Config, size: int) -> list[tuple[int, int]]:
 
 
 def sample_groups(run: Run, step: int) -> list[Group]:
-    """The rollouts of this process's share of the step's prompts, the longest first: if
-    memory does not suffice, this shows at once."""
+    """The rollouts of this process's share of the step's prompts. The longest come first:
+    if memory does not suffice, this shows at once."""
     config, template = run.config, run.engine.template
     batch = batch_of(step, config, len(run.train))[rank()::world()]
     seeds = [seed_of(config.seed, step, i, epoch) for epoch, i in batch]
@@ -947,24 +891,26 @@ def train_step(run: Run, step: int) -> dict:
     run.optimizer.zero_grad()
     results = [group_gradient(run.model, group, config) for group in groups]
     row = mean_of(gather([metrics for _, metrics in results]))
-    check_sampler(row["sampler_gap"], config)  # before its error reaches the weights
+    gap = row.get("sampler_gap", 0)
+    if not gap <= GAP_BOUND[config.dtype]:  # also where it is not a number
+        raise UserError(f"sampler and trainer differ by {gap:.2g} nats a token: one has other "
+                        "weights, or the model's output layer is more than a matrix")
     sum_gradients(run.model)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip).item()
     lr = config.lr * min(1, step / max(1, config.warmup))
     if math.isfinite(norm):  # otherwise the step is skipped
-        for parameters in run.optimizer.param_groups:
-            parameters["lr"] = lr
+        run.optimizer.param_groups[0]["lr"] = lr
         run.optimizer.step()
     run.engine.sync(run.model)
     run.step = step
 
     if rank() == 0 and step % config.eval_every == 0:
-        group, template = groups[0], run.engine.template
-        append_jsonl(run.out / "samples.jsonl", [{
-            "step": step, "gold": group.record.answer, "log_w": results[0][0][m].item(),
-            "scored answer": template.text(group.rollouts[m].y),
-            "rationale": template.tokenizer.decode(group.rollouts[m].z)} for m in (0, 1)])
-    # AdamW divides a gradient by its size + eps: where it is below eps, a weight hardly moves
+        group, decode = groups[0], run.engine.template.tokenizer.decode
+        append_jsonl(run.out / "samples.jsonl", [
+            {"step": step, "gold": group.record.answer, "rationale": decode(r.z),
+             "scored answer": decode(r.y), "log_w": log_w}
+            for r, log_w in zip(group.rollouts[:2], results[0][0].tolist())])
+    # AdamW divides a gradient by its size + eps: below eps a weight hardly moves
     above = [(p.grad.abs() > config.eps).sum().item() for p in run.model.parameters()]
     adamw = config.optimizer == "adamw" and math.isfinite(norm)
     return row | {"q": config.q, "lr": lr, "grad_norm": norm,
@@ -976,21 +922,13 @@ def train_step(run: Run, step: int) -> dict:
 def mean_of(rows: list[dict]) -> dict:
     """The mean of each metric over the prompts that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
-    values = {name: [row[name] for row in rows if row[name] is not None] for name in names}
-    return {name: fmean(v) if v else None for name, v in values.items()}
+    return {name: fmean(row[name] for row in rows if name in row) for name in names}
 
 
-def check_sampler(gap: float | None, config: Config) -> None:
-    """UserError when sampler and trainer disagree, or when the gap is not a number."""
-    if gap is not None and not gap <= GAP_BOUND[config.dtype]:
-        raise UserError(f"sampler and trainer differ by {gap:.2g} nats a token: one has other "
-                        "weights, or the model's output layer is more than a matrix")
-
-
-# --- 10. Validation and checkpoints ---------------------------------------------------
+# --- 10. Validation and checkpoints ---------------------------
 def sample_answers(engine, examples: list[Example], config: Config) -> list[list[str] | None]:
-    """`eval_samples` answers to every prompt; None for a prompt that was too long. Seeds
-    depend on --seed and the prompt's place alone, so eval.py can repeat a validation."""
+    """`eval_samples` answers to every prompt; None for one that was too long. Seeds depend
+    on --seed and the prompt's place alone: eval.py can repeat a validation."""
     mine = [(i, prompt) for i, (_, prompt) in enumerate(examples) if prompt][rank()::world()]
     seeds = [seed_of(config.seed, "evaluation", i) for i, _ in mine]
     rollouts = generate(engine, [prompt for _, prompt in mine], seeds, config.eval_samples,
@@ -1003,13 +941,13 @@ def sample_answers(engine, examples: list[Example], config: Config) -> list[list
 def validate(run: Run) -> dict:
     """p@1, p@n and maj@n on the validation split, in percent."""
     answers = sample_answers(run.engine, run.validation, run.config)
-    figures = summarize(answers, [record for record, _ in run.validation])
-    return {f"val_{name}": value for name, value in figures.items()}
+    values = summarize(answers, [record for record, _ in run.validation])
+    return {f"val_{name}": value for name, value in values.items()}
 
 
 def save(run: Run, name: str) -> None:
-    """Write a Hugging Face checkpoint with the trainer's state. Whenever the process is
-    killed, the old or the new one is whole."""
+    """Write a Hugging Face checkpoint with the trainer's state. After a kill the old or the
+    new one is whole."""
     def write(folder: Path) -> None:
         run.model.save_pretrained(folder)
         run.engine.template.tokenizer.save_pretrained(folder)
@@ -1030,18 +968,18 @@ def last_checkpoint(out: Path) -> Path | None:
 
 
 def restore(run: Run, folder: Path) -> None:
-    """Take the trainer's state, and cut the logs back to its step."""
+    """Take the trainer's state, and cut the logs back to its step, and to whole lines."""
     state = torch.load(folder / "trainer.pt", weights_only=True)
     run.optimizer.load_state_dict(state["optimizer"])
     run.step, run.best, run.best_step = state["step"], state["best"], state["best_step"]
-    for path in (run.out / "metrics.jsonl", run.out / "samples.jsonl") if rank() == 0 else ():
-        append_jsonl(path, [])  # makes it, if there is none yet
-        lines = path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # a kill can cut one off
-        write_text(path, "".join(x for x in whole if json.loads(x)["step"] <= run.step))
+    for name in ("metrics.jsonl", "samples.jsonl") if rank() == 0 else ():
+        append_jsonl(run.out / name, [])  # makes it, if there is none yet
+        lines = (run.out / name).read_text().splitlines(keepends=True)
+        kept = (x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= run.step)
+        write_text(run.out / name, "".join(kept))
 
 
-# --- 11. The training loop ------------------------------------------------------------
+# --- 11. The training loop ------------------------------------
 def positions(model) -> int:
     """How many tokens the model can see at once."""
     layers = DynamicCache(config=model.config).layers
@@ -1050,8 +988,8 @@ def positions(model) -> int:
 
 
 def load_model(path: str, device: torch.device):
-    """A model in float32, and its template. In bfloat16 the weights would lose AdamW's
-    small updates. UserError, with the library's reason, for what cannot be trained."""
+    """A model in float32 (bfloat16 would lose AdamW's small updates), and its template.
+    UserError, with the library's reason, for what cannot be trained."""
     for name in ("transformers", "huggingface_hub"):  # the error alone says enough
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()
@@ -1061,13 +999,13 @@ def load_model(path: str, device: torch.device):
             path, dtype=torch.float32, output_loading_info=True)
         ends = model.generation_config.eos_token_id or []
         template = Template(tokenizer, ends if isinstance(ends, list) else [ends])
-        layers = DynamicCache(config=model.config).layers
-        # is_sliding is None for layers without attention
-        if not model._supports_attention_backend or None in (x.is_sliding for x in layers):
+        layers = DynamicCache(config=model.config).layers  # is_sliding is None: no attention
+        if not model._supports_attention_backend or any(x.is_sliding is None for x in layers):
             raise ValueError("transformers cannot replace its attention, or it has none")
         model.set_attn_implementation("lower_right")
-        if report["missing_keys"] or not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError(f"weights are not finite, or missing: {report['missing_keys']}")
+        missing = report["missing_keys"]
+        if missing or not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError(f"weights are not finite, or missing: {missing}")
     except Exception as error:  # each library has its own errors
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model {path}: {type(error).__name__}: {reason}") from error
@@ -1086,28 +1024,25 @@ def make_engine(config: Config, path: str, model, template: Template, examples: 
     try:
         return VLLMRollouts(path, template, config, longest + rest)
     except Exception as error:  # not installed, no GPU, no memory
-        raise UserError(f"vLLM does not start, use --rollout hf or another --gpu-share: {error}")
+        raise UserError(f"no vLLM: use --rollout hf or another --gpu-share ({error})")
 
 
 def start_run(config: Config, out: Path, device: torch.device) -> Run:
     """Load everything: a new run, or the one that --resume names."""
     limit = min((n for n in (config.limit, config.eval_limit) if n), default=None)
-    records = (load(config.data, "train", config.limit),
-               load(config.data, "validation", limit))
+    records = load(config.data, "train", config.limit), load(config.data, "validation", limit)
     about = {"settings": asdict(config),
              "data": hashlib.sha256(repr(records).encode()).hexdigest()}
     checkpoint = last_checkpoint(out) if config.resume else None
     if checkpoint and read_json(out / "config.json").get("data") != about["data"]:
         raise UserError(f"--resume {out}: its records are not those that it began with")
-
     path = str(checkpoint or config.model)
     model, template = load_model(path, device)
     training = encode(records[0], config, template, model, training=True)
-    training = [(record, prompt) for record, prompt in training if prompt]
+    training = [example for example in training if example[1]]
     validation = encode(records[1], config, template, model, training=False)
     engine = make_engine(config, path, model, template, training + validation)
-    optimizer = make_optimizer(model, config)
-    run = Run(config, out, model, engine, optimizer, training, validation)
+    run = Run(config, out, model, engine, make_optimizer(model, config), training, validation)
     if checkpoint:
         restore(run, checkpoint)
     if rank() == 0:
@@ -1120,8 +1055,7 @@ def start_run(config: Config, out: Path, device: torch.device) -> Run:
 
 @contextmanager
 def stop_signals():
-    """A list that Ctrl-C, SIGTERM and SIGHUP make longer. A signal that is ignored stays so
-    (nohup). The handlers from before are put back at the end."""
+    """A list that Ctrl-C, SIGTERM and SIGHUP make longer (not SIGHUP under nohup)."""
     stop, numbers = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {n: signal.signal(n, lambda *_: stop.append(True)) for n in numbers
               if signal.getsignal(n) != signal.SIG_IGN}
@@ -1134,19 +1068,18 @@ def stop_signals():
 
 def run_folder(config: Config) -> Path:
     """--out, or a name made of the settings."""
-    q = f"-q{config.q:g}" + (f"to{config.q_end:g}" if config.q_end != config.q else "")
+    data, q = Path(config.data.split(":")[0]).stem, f"-q{config.q:g}"
     method = config.method + (q if config.method != "grpo" else "")
-    name = f"{dataset_name(config.data)}-{config.start}-{method}-seed{config.seed}"
+    name = f"{data}-{config.start}-{method}-seed{config.seed}"
     return Path(absolute(config.out or f"runs/{name}"))
 
 
 def console_line(row: dict) -> str:
-    """What a step prints; a validation has a line of its own."""
-    forms = {"loss": ".4f", "log_P": ".3f", "ess": ".2f", "reward": ".3f", "grad_norm": ".1e"}
-    step = [f"{k} {row[k]:{form}}" for k, form in forms.items() if row.get(k) is not None]
-    validation = [f"{k} {v:.1f}" for k, v in row.items() if k.startswith("val_")]
-    parts = [" | ".join(part) for part in (step, validation) if part]
-    return f"step {row['step']:3d} | " + "\n         | ".join(parts)
+    """What a step prints."""
+    forms = {"loss": ".4f", "log_P": ".2f", "ess": ".1f", "reward": ".3f"}
+    forms |= {name: ".1f" for name in row if name.startswith("val_")}
+    values = [f"{name} {row[name]:{form}}" for name, form in forms.items() if name in row]
+    return f"step {row['step']:3d} | " + " | ".join(values)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1156,7 +1089,6 @@ def main(argv: list[str] | None = None) -> None:
     folder = open_folder(out, new=not config.resume) if rank() == 0 else nullcontext()
     with folder, stop_signals() as stop:
         run = start_run(config, out, device)
-        run.engine.sync(run.model)
         first = run.step + 1 if config.resume else 0
         for step in tqdm(range(first, config.steps + 1), disable=rank() > 0 or None):
             row = {"step": step} | (train_step(run, step) if step > 0 else {})
@@ -1166,16 +1098,17 @@ def main(argv: list[str] | None = None) -> None:
             if rank() == 0:
                 append_jsonl(out / "metrics.jsonl", [row])
             say(console_line(row))
-            if due and row[f"val_maj@{config.eval_samples}"] > run.best:
-                run.best, run.best_step = row[f"val_maj@{config.eval_samples}"], step
+            accuracy = row.get(f"val_maj@{config.eval_samples}", -1)
+            if accuracy > run.best:
+                run.best, run.best_step = accuracy, step
                 save(run, "best")
             ends = any(gather(stop))
             if due or step == config.steps or ends:
                 save(run, "last")
             if ends:
                 break
-    say(f"{run.step} of {config.steps} steps done; validation was best at step {run.best_step}, "
-        f"in {out}/best\ngo on with --resume {out} --steps N")
+    say(f"{run.step} of {config.steps} steps done; go on with --resume {out} --steps N\n"
+        f"validation was best at step {run.best_step}: {out}/best")
 
 
 if __name__ == "__main__":

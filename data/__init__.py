@@ -34,7 +34,7 @@ from unicodedata import category
 from data.files import UserError, named, parse, read_jsonl, read_text
 
 SPLITS = ("train", "validation", "test")
-LEDGER = Path(__file__).parent / "ledger"
+LEDGER = Path(__file__).resolve().parent / "ledger"
 YES_NO = "Answer with yes or no, and nothing else."
 SPAN = "Answer with a short span (a name, a date, a number or a few words), and nothing else."
 
@@ -333,6 +333,29 @@ def dataset_name(data: str) -> str:
     if name in BENCHMARKS or data == "ledger":
         return name.removesuffix("-gold")
     return "ledger" if os.path.exists(path) and os.path.samefile(path, LEDGER) else "custom"
+
+
+# Model and budgets of the three benchmarks are the paper's (its Section 7). The rest is ours.
+LAB_MODEL = str(LEDGER / "model")
+HUB = dict(model="Qwen/Qwen3-0.6B", answer_budget=128, steps=200, lr=2e-6, eval_every=40,
+           eval_limit=128)
+DEFAULTS = {
+    "ledger": dict(model=LAB_MODEL, think_budget=24, answer_budget=8, steps=80, lr=3e-4,
+                   eval_every=20),
+    "finqa": HUB | dict(think_budget=4096 - 128),
+    "hotpotqa": HUB | dict(think_budget=3072 - 128),
+    "musique": HUB | dict(think_budget=2048 - 128),
+    "custom": HUB | dict(think_budget=2048 - 128),
+}
+
+
+def defaults(data: str) -> dict:
+    """The settings that a run with this data has where nothing else is said. Among them is
+    `data` itself, with an absolute path if it has one."""
+    name, colon, path = data.rpartition(":")
+    path = os.path.abspath(os.path.expanduser(path))
+    known = data in BENCHMARKS or data == "ledger" or not os.path.exists(path)
+    return DEFAULTS[dataset_name(data)] | {"data": data if known else name + colon + path}
 
 
 def load(data: str, split: str, limit: int | None = None) -> list[Record]:

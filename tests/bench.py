@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import tsallis_rl as t
-from data import Record
+from data import LAB_MODEL, Record
 
 SPAWN = multiprocessing.get_context("spawn")
 QWEN3 = dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
@@ -66,7 +66,7 @@ def model_folder(name: str, folder: str) -> str:
         return name
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
     Qwen3ForCausalLM(Qwen3Config(**QWEN3)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(t.LAB_MODEL).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(LAB_MODEL).save_pretrained(folder)
     return folder
 
 
@@ -74,7 +74,7 @@ def endless(template: t.Template, vocabulary: int) -> t.Template:
     """A template whose samples practically never end."""
     template.end = vocabulary - 1
     template.ends = {template.end}
-    template.stop = lambda: template.ends
+    template.stop = template.ends
     return template
 
 
@@ -161,7 +161,7 @@ def log_probs_once(connection, M: int, naive: bool) -> None:
 def main() -> None:
     """Say what the machine is, then measure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default=t.LAB_MODEL, help="folder, or qwen3-0.6b (random)")
+    parser.add_argument("--model", default=LAB_MODEL, help="folder, or qwen3-0.6b (random)")
     parser.add_argument("--prompt", type=int, nargs="+", default=[470], help="tokens")
     parser.add_argument("--response", type=int, default=64, help="sampled tokens of a rollout")
     parser.add_argument("--M", type=int, nargs="+", default=[16], help="rollouts")

@@ -21,7 +21,7 @@ import torch
 import tsallis_rl  # before transformers: it hides what breaks transformers
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
-from data import Record
+from data import LAB_MODEL, Record
 from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config,
                           Qwen3ForCausalLM)
 
@@ -113,7 +113,7 @@ def plain_template():
 @pytest.fixture(scope="session")
 def lab():
     """(model, template) of the lab model."""
-    return tsallis_rl.load_model(tsallis_rl.LAB_MODEL, torch.device("cpu"))
+    return tsallis_rl.load_model(LAB_MODEL, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -31,10 +31,10 @@ def test_sampler(random_model, lab, config):
         (3, []), (9, [20, 21, 22]), (9, []), (5, [23]))]
     for budget in (8192, 20):  # one batch, or one for each row
         engine = HFRollouts(random_model, lab[1], config(token_budget=budget))
-        samples = engine.sample(asked, 10, lab[1].stop())
+        samples = engine.sample(asked, 10, lab[1].stop)
         for (prompt, begun, seed), (ids, log_p) in zip(asked, samples):
             logits = random_model(torch.tensor([prompt + begun + ids])).logits[0]
-            uniform = torch.rand(10, dtype=torch.float64, generator=tsallis_rl.seeded(seed))
+            uniform = torch.rand(10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
             token, plain = draw(logits[-len(ids) - 1:-1], uniform[:len(ids)])
             assert token.tolist() == ids
             torch.testing.assert_close(torch.tensor(log_p), plain, rtol=0, atol=1e-4)
@@ -52,7 +52,7 @@ def test_sample_alone(pool, random_model, lab, config):
 
 def test_budgets(pool, lab):
     """Samples keep to their budgets, and nothing follows a token that ends them."""
-    rollouts, stop = [r for group in pool[1] for r in group], lab[1].stop()
+    rollouts, stop = [r for group in pool[1] for r in group], lab[1].stop
     assert {len(r.z) == THINK for r in rollouts} == {True, False}  # both ends occur
     for r in rollouts:
         assert 1 <= len(r.z) <= THINK and 1 <= len(r.y) <= ANSWER and len(r.log_p) == len(r.z)
@@ -117,7 +117,7 @@ def test_untrained(pool, random_model, lab, config):
     prompt, rollouts = pool[0][0], pool[1][0]
     silent = group_of(lab[1], prompt, rollouts, "grpo")._replace(reward=torch.zeros(M))
     _, metrics = group_gradient(random_model, silent, config(method="grpo", M=M))
-    assert metrics["trained"] == 0 and metrics["sampler_gap"] is None
+    assert metrics["trained"] == 0 and "sampler_gap" not in metrics
     assert all(p.grad is None for p in random_model.parameters())
     group = group_of(lab[1], prompt, rollouts, "paft")
     assert group_gradient(random_model, group, config(M=M, K=1))[1]["trained"] == 1 / M
@@ -129,20 +129,16 @@ def test_untrained(pool, random_model, lab, config):
 
 def test_micro_batches(random_model, lab, config):
     """Each row is in one batch, and a batch keeps its budget of trained tokens, where a
-    row's copy of the prompt's keys and values counts as trained tokens of equal size."""
+    row's copy of the prompt's keys and values counts as a 20th of trained tokens."""
     rollouts = [Rollout([7] * n, [], [8], [9]) for n in (3, 30, 7, 12, 1)]
     group, sizes = group_of(lab[1], list(range(6, 406)), rollouts, "grpo"), set()
     for budget in (32768, 1000, 600, 500, 1):
         shared = SharedPrompt(random_model, group.prompt, config(token_budget=budget))
-        D = random_model.config.head_dim
-        kept = 2 * (2 * 64 + 2 * 4 * D + 2 * (64 + 2 * D) + 3 * (64 + 96))
-        copy = -(-(2 * 2 * 2 * D * 399) // kept)  # keys and values, layers, heads
-        assert shared.copy_tokens() == copy >= 20
         batches = micro_batches(shared, group, range(5))
         assert sorted(m for batch in batches for m in batch) == list(range(5))
         for batch in batches:
             longest = max(len(group.rollouts[m].ids) for m in batch)
-            assert len(batch) == 1 or 400 + len(batch) * (longest + copy) <= budget
+            assert len(batch) == 1 or 400 + len(batch) * (longest + 20) <= budget
         sizes.add(len(batches))
     assert {1, 5} < sizes
 

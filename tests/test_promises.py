@@ -272,7 +272,7 @@ def test_a_short_run_validates_its_end_and_names_its_best_step(small, tmp_path, 
     assert program([*small, "--eval-every", "40", "--steps", "2", "--out", str(out)]) == 0
     assert "val_p@1" in rows(out)[2] and "val_p@1" not in rows(out)[1]
     best = torch.load(out / "best" / "trainer.pt", weights_only=True)["step"]
-    assert f"step {best}" in capsys.readouterr().out.splitlines()[-2]
+    assert f"best at step {best}:" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_run_folder_that_is_renamed_is_said(run, tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ from conftest import plain_template
 
 from data import Record
 from data.files import UserError
-from tsallis_rl import CLOSE, FORCED, SEPARATOR, Rollout, Y, Z, encode, pad, positions
+from tsallis_rl import CLOSE, SEPARATOR, Rollout, encode, pad, positions
 
 
 @pytest.fixture(params=["think token", "ordinary tokens"])
@@ -19,12 +19,11 @@ def template(request, lab):
 @pytest.mark.parametrize("closed", (True, False))
 def test_response(closed, template):
     """A response is the sampled ids, what is forced, and the answer through its end token.
-    A forced </think> has no loss, a sampled one has."""
+    A sampled </think> is not forced again."""
     z = template.encode("2+3=5") + template.close * closed
     response = Rollout(z, [-1.0] * len(z), template.forced(z), template.gold("5"))
     forced = template.separator if closed else template.close + template.separator
     assert response.ids == z + forced + template.encode("5") + [template.end]
-    assert response.kinds == [Z] * len(z) + [FORCED] * len(forced) + [Y] * len(template.gold("5"))
     assert template.tokenizer.decode(response.ids).replace(" ", "").endswith(
         f"{CLOSE}{SEPARATOR}5<|im_end|>")
     assert (template.forced(z[:-1]) == template.close + template.separator)
@@ -39,10 +38,9 @@ def test_sampled_ids_stay():
 
 
 def test_padding():
-    """Padding is on the right unless asked for on the left, and is of the kind without loss."""
+    """Padding is on the right unless asked for on the left."""
     assert pad([[5, 6], [7]], torch.device("cpu")).tolist() == [[5, 6], [7, 0]]
     assert pad([[5, 6], [7]], torch.device("cpu"), "left").tolist() == [[5, 6], [0, 7]]
-    assert FORCED == 0 and len({FORCED, Z, Y}) == 3
 
 
 def test_prompt(template):
@@ -67,8 +65,8 @@ def test_text(template):
 
 def test_stop(lab):
     """A </think> of one token ends a rationale; one of several ends none."""
-    assert lab[1].stop() == {lab[1].end, lab[1].close[0]}
-    assert plain_template().stop() == plain_template().ends
+    assert lab[1].stop == {lab[1].end, lab[1].close[0]}
+    assert plain_template().stop == plain_template().ends
 
 
 def test_prompt_limit(lab, config):

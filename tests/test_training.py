@@ -10,7 +10,7 @@ import transformers
 from conftest import SMALL, program, rows, same, weights
 
 import tsallis_rl
-from data import Record
+from data import LAB_MODEL, Record
 from tsallis_rl import (Group, HFRollouts, Rollout, batch_of, coefficients, prompt_metrics, q_of,
                         sample_answers, sample_groups)
 
@@ -79,7 +79,7 @@ def test_step_0(small, tmp_path):
     """Step 0 validates the model as it comes and moves neither weights nor AdamW's state."""
     run = tmp_path / "run"
     assert program([*SMALL, "--steps", "0", "--out", str(run)]) == 0
-    start, state = weights(tsallis_rl.LAB_MODEL, "."), run / "last" / "trainer.pt"
+    start, state = weights(LAB_MODEL, "."), run / "last" / "trainer.pt"
     assert all(torch.equal(w, start[name]) for name, w in weights(run).items())
     assert not torch.load(state, weights_only=True)["optimizer"]["state"]
     assert rows(run)[0].keys() == {"step", "val_p@1", "val_p@4", "val_maj@4"}
@@ -120,8 +120,18 @@ def test_batches(config):
 def test_every_draw_has_its_seed(method, small, tmp_path, monkeypatch):
     """No two random numbers of two runs share a seed, also where a generator keeps 32 bits
     and a record comes twice in a step. Validations of a run repeat theirs."""
-    seeds, real = [], tsallis_rl.seeded
-    monkeypatch.setattr(tsallis_rl, "seeded", lambda seed: (seeds.append(seed), real(seed))[1])
+    seeds, sample, resample = [], HFRollouts.sample, tsallis_rl.resample
+
+    def sample_and_note(engine, rows, *rest):
+        seeds.extend(seed for *_, seed in rows)
+        return sample(engine, rows, *rest)
+
+    def resample_and_note(log_w, K, generator):
+        seeds.append(generator.initial_seed())
+        return resample(log_w, K, generator)
+
+    monkeypatch.setattr(HFRollouts, "sample", sample_and_note)
+    monkeypatch.setattr(tsallis_rl, "resample", resample_and_note)
     runs = [*small, "--limit", "3", "--batch-size", "4", "--method", method, "--steps", "3"]
     for seed in "01":
         assert program([*runs, "--eval-every", "3", "--seed", seed, "--out",
@@ -193,9 +203,8 @@ def test_metrics(config):
                 "amplified_advantage": max(c) / M**q}
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6)
     grpo = prompt_metrics(group, torch.zeros(4), [], torch.zeros(0), config(method="grpo", M=M))
-    assert grpo["reward"] == 0.25 and grpo["loss"] == 0.75 and grpo["sampler_gap"] is None
-    steps = [{"a": 1.0, "b": None, "c": None}, {"a": 2.0, "b": 4.0, "c": None}]
-    assert tsallis_rl.mean_of(steps) == {"a": 1.5, "b": 4.0, "c": None}
+    assert grpo["reward"] == 0.25 and grpo["loss"] == 0.75 and "sampler_gap" not in grpo
+    assert tsallis_rl.mean_of([{"a": 1.0}, {"a": 2.0, "b": 4.0}]) == {"a": 1.5, "b": 4.0}
 
 
 def stepped(monkeypatch, config, gradients, **settings):

