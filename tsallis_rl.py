@@ -17,10 +17,9 @@ GARL estimates the first form of (5): it samples rationales and amplifies by P^-
 PAFT estimates the second: it resamples the same rationales by how likely they make y*,
 fine-tunes on the ones that were drawn, and attenuates by P^(1-q).
 
-    python tsallis_rl.py --q 0.75 --method paft                             # on a CPU
-    python tsallis_rl.py --q 0.75 --method garl --data finqa --start cold   # on a GPU
+    python tsallis_rl.py --q 0.75 --method paft
 
-Sections 2 and 3 are the paper's equations, 8 and 9 its algorithms; the rest serves them.
+Sections 2 and 3 of this file are the paper's equations, 8 and 9 its algorithms.
 The optimizer, its settings and the prompts are ours: the paper gives none.
 
 Symbols: B prompts in a step, M rollouts of a prompt, K resampled ones; R rows in a batch,
@@ -47,7 +46,7 @@ from typing import Iterable, Literal, NamedTuple, get_args, get_type_hints
 
 os.environ.setdefault("GOMP_SPINCOUNT", "500")  # idle threads slow a CPU down
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-# not needed; a build that does not fit torch would break transformers
+# not used: transformers would import them, and fail if they do not fit torch
 for name in ("torchvision", "torchaudio", "torchcodec"):
     sys.modules.setdefault(name, None)
 
@@ -59,8 +58,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache,
-                          GenerationConfig, HfArgumentParser)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM,
+                          AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser)
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
@@ -122,12 +121,15 @@ class Config:
     def __post_init__(self):
         """Check every value, whether it came from the command line or from a file."""
         for name, kind in get_type_hints(Config).items():
-            value, kinds = getattr(self, name), get_args(kind) or (kind,)
-            kinds += (int,) * (float in kinds)
-            least = {"M": 2, "steps": 0, "warmup": 0, "seed": 0}.get(name, float not in kinds)
-            most = 1 if name in ("q", "q_end", "gpu_share") else 2**63
-            good = value in kinds or type(value) in kinds  # a word, or the right type
-            if not good or (type(value) in (int, float) and not least <= value <= most):
+            value, allowed = getattr(self, name), get_args(kind) or (kind,)
+            # allowed: types, or words. A fraction may also be written as a whole number.
+            good = value in allowed or type(value) in allowed or (
+                float in allowed and type(value) is int)
+            if type(value) in (int, float):
+                least = {"M": 2, "steps": 0, "warmup": 0, "seed": 0}.get(name, 1)
+                most = 1 if name in ("q", "q_end", "gpu_share") else 2**63
+                good &= (0 if float in allowed else least) <= value <= most
+            if not good:
                 raise UserError(f"--{name.replace('_', '-')} cannot be {value!r}")
 
 
@@ -145,8 +147,8 @@ def resolve(config: Config) -> Config:
     preset = defaults(config.data) | {"K": config.M, "q_end": config.q}
     if config.dtype == "auto":
         preset["dtype"] = "bfloat16" if torch.cuda.is_available() else "float32"
-    unset = [k for k, v in vars(config).items() if v in (None, "auto") or k == "data"]
-    config = replace(config, **{k: preset[k] for k in unset if k in preset})
+    unset = {k for k, v in vars(config).items() if v in (None, "auto")}
+    config = replace(config, **{k: preset[k] for k in unset | {"data"} if k in preset})
     folder = absolute(config.model)
     return replace(config, model=folder if os.path.exists(folder) else config.model,
                    eval_every=max(1, min(config.eval_every, config.steps)))
@@ -208,12 +210,12 @@ def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
 #
 #     method               a_m                         b_m                      answer y
 #     garl                 c_m / (M M^q)               w_m / (wbar^q M M^q)     gold
-#     plug-in (no option)  w_m / (wbar^q M M^q)        same                     gold
+#     plug-in (no method)  w_m / (wbar^q M M^q)        same                     gold
 #     garl-score           c_m / (M M^q)               0                        gold
 #     paft                 wbar^(1-q) n_m / (K M^q)    same; m drawn n_m times  gold
 #     grpo                 (r_m - mean r) / std r / M  same; r_m = [y_m = y*]   sampled
 #
-# They are computed from log w in float64: w underflows long before w_m / wbar^q.
+# They are computed from log w in float64: near q = 1, w underflows long before w_m / wbar^q.
 Coefficients = tuple[Tensor, Tensor]
 
 
@@ -228,7 +230,7 @@ def log_mean(log_w: Tensor) -> Tensor:
 
 
 def log_mean_of_others(log_w: Tensor) -> Tensor:
-    """log wbar_{-m}: (..., M) -> (..., M). The total minus w_m could lose all digits."""
+    """log wbar_{-m}: (..., M) -> (..., M). In M sums: total minus w_m would lose digits."""
     M = log_w.shape[-1]
     diagonal = torch.eye(M, dtype=torch.bool, device=log_w.device)
     others = log_w.unsqueeze(-2).expand(*log_w.shape, M).masked_fill(diagonal, -math.inf)
@@ -241,7 +243,7 @@ def garl_coefficients(log_w: Tensor, q: float, baseline: bool = True) -> Coeffic
     q = 0: Rao-Blackwellised REINFORCE with a leave-one-out baseline; unbiased.
     q = 1: the IWAE gradient. For q > 0 the bias is O(1/M) (Theorem 6.1).
     baseline=False is the plug-in estimator. Its expectation is the same (Prop. 6.2).
-    Where every sampled answer would be wrong, w > 0: there is a gradient.
+    Even where every sampled answer would be wrong, w > 0, so the gradient is not 0.
     log_w: (..., M), in nats, M >= 2. Returns (a, b) of the same shape.
     """
     M = log_w.shape[-1]
@@ -329,7 +331,8 @@ def say(text: str) -> None:
 
 
 # --- 5. Prompts and sequences: prompt | z | </think> | "\n\n" | answer | end token ---
-# Joined as token ids: decoding and encoding again could change what was sampled.
+# Joined as token ids: decoding and encoding again could change what was sampled. A sampled
+# </think> belongs to z and is scored. If there is none, it is forced, and not scored.
 CLOSE, SEPARATOR = "</think>", "\n\n"
 
 
@@ -413,7 +416,7 @@ def encode(records: list[Record], config: Config, template: Template, model,
                             f"tokens {control}, or with tokens that the model lacks")
         answer = max(config.answer_budget, len(gold) if training else 0)
         room = length - config.think_budget - len(forced) - answer
-        fits = 2 <= len(prompt) <= min(config.prompt_limit, room)
+        fits = 2 <= len(prompt) <= min(config.prompt_limit, room)  # the last one runs apart
         examples.append((record, prompt if fits else []))
         changed += not exact_match(template.text(gold), record.answer)
     kept = sum(bool(prompt) for _, prompt in examples)
@@ -432,7 +435,7 @@ def seed_of(*key) -> int:
 # --- 6. Rollouts ----------------------------------------------
 # At temperature 1 from the whole vocabulary: `token_log_probs` scores this distribution.
 Sampled = tuple[Ids, list[float]]  # ids and their log-probabilities
-Row = tuple[Ids, Ids, int]  # a prompt, what is begun of its response, a seed
+Row = tuple[Ids, Ids, int]  # a prompt, its response so far, a seed
 
 
 def generate(engine, prompts: list[Ids], seeds: list[int], n: int, think_budget: int,
@@ -463,13 +466,13 @@ class HFRollouts:
 
     @torch.no_grad()
     def sample(self, rows: list[Row], budget: int, stop: set[int]) -> list[Sampled]:
-        """Continue each row until a token of `stop`, or for `budget` tokens. A token is where
-        the cumulative distribution passes a uniform number. That is from the row's own seed,
-        so a row does not depend on its batch."""
+        """Continue each row until a token of `stop`, or for `budget` tokens. Tokens are drawn by
+        inverting the cumulative distribution at uniform numbers from the row's own seed. So a
+        row does not depend on its batch."""
         if not rows:
             return []
-        longest = max(len(prompt + begun) for prompt, begun, _ in rows) + budget
-        # a token in a cache takes a twentieth of a trained one's memory; 4 leaves a margin
+        longest = max(len(prompt + so_far) for prompt, so_far, _ in rows) + budget
+        # a cached token takes about 1/20 of a trained one's memory: 4 budgets are safe
         if len(rows) * longest > 4 * self.config.token_budget and len(rows) > 1:
             halves = rows[:len(rows) // 2], rows[len(rows) // 2:]
             return [x for half in halves for x in self.sample(half, budget, stop)]
@@ -490,23 +493,23 @@ class HFRollouts:
                 keep = [k for k, row in enumerate(batch) if running[row]]
                 if not keep:
                     break
-                if len(keep) <= 0.75 * len(batch):  # copies the cache, so not for every end
+                if len(keep) <= 0.75 * len(batch):  # not for every row: it copies the cache
                     batch, token, mask = [batch[k] for k in keep], token[keep], mask[keep]
                     cache.batch_select_indices(torch.tensor(keep, device=mask.device))
                 ids, mask = token[:, None], F.pad(mask, (0, 1), value=1)
         return samples
 
     def run_prompts(self, rows: list[Row]) -> tuple[Cache, Tensor, Tensor]:
-        """The cache of all prompts without their last tokens, the ids that come next, (R, T),
-        and the mask of both. A prompt that rows share runs once."""
+        """A cache of all prompts without their last tokens, the ids that come next, (R, T),
+        and the mask of both; each part is padded on the left. Equal prompts run once."""
         device, cache = self.model.device, Cache(layer_class_to_replicate=CastLayer)
-        prompts = list(dict.fromkeys(tuple(prompt) for prompt, *_ in rows))  # each one once
+        prompts = list(dict.fromkeys(tuple(prompt) for prompt, *_ in rows))
         copies = torch.tensor([prompts.index(tuple(prompt)) for prompt, *_ in rows]).to(device)
         firsts = [prompt[:-1] for prompt in prompts]
-        rests = [prompt[-1:] + begun for prompt, begun, _ in rows]
+        rests = [prompt[-1:] + so_far for prompt, so_far, _ in rows]
         mask, more = (pad([[1] * len(ids) for ids in part], device, "left")
                       for part in (firsts, rests))
-        next_logits(self.model, pad(firsts, device, "left"), mask, cache)
+        next_logits(self.model, pad(firsts, device, "left"), mask, cache)  # fills the cache
         cache.batch_select_indices(copies)
         return cache, pad(rests, device, "left"), torch.cat([mask[copies], more], 1)
 
@@ -568,7 +571,7 @@ class VLLMRollouts:
         same = dict(max_tokens=budget, temperature=1.0, ignore_eos=True, detokenize=False,
                     stop_token_ids=list(stop), logprobs=0, flat_logprobs=True)
         params = [self.params(seed=seed, **same) for *_, seed in rows]
-        contexts = [{"prompt_token_ids": prompt + begun} for prompt, begun, _ in rows]
+        contexts = [{"prompt_token_ids": prompt + so_far} for prompt, so_far, _ in rows]
         done = [x.outputs[0] for x in self.llm.generate(contexts, params, use_tqdm=False)]
         return [(list(x.token_ids), list(x.logprobs.logprobs)) for x in done]
 
@@ -580,7 +583,7 @@ def autocast(model, config: Config) -> torch.autocast:
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 
-# what models tell their attention, and what changes nothing here
+# may be ignored; `positions` keeps sequences within a sliding window
 IGNORED = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_position",
            "use_cache", "output_attentions", "output_router_logits"}
 
@@ -589,8 +592,7 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
               scaling: float, **settings):
     """Attention for transformers: (R, H, T, d), (R, G, S, d), (R, G, S, e) -> (R, T, H, e),
     H heads, G heads of keys, d and e their sizes. The T queries are the last of the S keys;
-    without a mask it is causal. Flash attention takes no mask and no float32.
-    """
+    without a mask it is causal."""
     unknown = {name for name, value in settings.items() if value is not None} - IGNORED
     if unknown:
         raise UserError(f"this trainer does not know the model's attention: {sorted(unknown)}")
@@ -598,10 +600,11 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     (R, H, T, d), (G, S) = query.shape, key.shape[1:3]
-    if mask is None and query.is_cuda and query.dtype != torch.float32 and value.shape[-1] == d:
+    half = query.is_cuda and query.dtype != torch.float32
+    if mask is None and half and value.shape[-1] == d:  # what torch's flash attention takes
         out = F.scaled_dot_product_attention(query, key, value, causal_lower_right(T, S),
                                              scale=scaling, enable_gqa=True)
-    else:  # the query heads of one key head are rows of one product: keys are not copied
+    else:  # (R, G, H/G T, d): the H/G query heads of a key head share it, without copies
         if mask is None:
             mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=query.device).tril(S - T)
         rows, mask = query.reshape(R, G, -1, d), mask.repeat(1, 1, H // G, 1)
@@ -609,10 +612,10 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     return out.reshape(R, H, T, -1).transpose(1, 2).contiguous(), None
 
 
-transformers.AttentionInterface.register("lower_right", attention)
-transformers.AttentionMaskInterface.register(  # a mask where there is padding, else none
-    "lower_right", lambda *shape, attention_mask=None, **settings: None
-    if attention_mask is None else sdpa_mask(*shape, attention_mask=attention_mask, **settings))
+AttentionInterface.register("lower_right", attention)
+# a mask where there is padding, else none
+AttentionMaskInterface.register("lower_right", lambda *shape, attention_mask=None, **more: (
+    None if attention_mask is None else sdpa_mask(*shape, attention_mask=attention_mask, **more)))
 
 
 def cache_name(model) -> str:
@@ -625,7 +628,7 @@ class CastLayer(DynamicLayer):
     """A layer's cache in the dtype of the values. A norm can make the keys float32."""
 
     def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        """Add keys and values, (R, G, T, D). Returns all so far."""
+        """Add keys and values, (R, G, T, d). Returns all so far."""
         return super().update(key.to(value.dtype), value)
 
 
@@ -704,8 +707,9 @@ class SharedPrompt:
         R, T = ids.shape
         cache = Cache(layers=[CastLayer() for _ in self.leaves[::2]])
         for layer, k, v in zip(cache.layers, self.leaves[::2], self.leaves[1::2]):
+            # all rows share the prompt's own, until the layer appends to them
             layer.keys, layer.values = (x.to(self.dtype).expand(R, -1, -1, -1) for x in (k, v))
-            layer.is_initialized = True  # rows share the prompt's own: no copy so far
+            layer.is_initialized = True
         inputs = F.pad(ids[:, :-1], (1, 0), value=self.last)
         position = torch.arange(self.length, self.length + T, device=ids.device)[None]
         hidden = self.run(cache, inputs, position_ids=position)
@@ -732,7 +736,7 @@ class Group(NamedTuple):
 def micro_batches(shared: SharedPrompt, group: Group, rows: Iterable[int]) -> list[list[int]]:
     """Split rollouts, the longest first, so that the prompt and the rows fit the token
     budget. A row also holds a copy of the prompt's keys and values, in which a token takes
-    about a 20th of the memory. One row always goes."""
+    about 1/20 of the memory. A batch has at least one row."""
     length = lambda m: len(group.rollouts[m].ids)
     rows, batches = sorted(rows, key=length, reverse=True), []
     room, copy = shared.config.token_budget - len(group.prompt), len(group.prompt) // 20
@@ -746,13 +750,12 @@ def micro_batches(shared: SharedPrompt, group: Group, rows: Iterable[int]) -> li
 def score(shared: SharedPrompt, group: Group, rows: list[int],
           y_alone: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """log p(z | x) and log p(y | x, z) of R rollouts, (R,) each, and the sampler's gap
-    |log p sampler - log p trainer| of each token of z. `y_alone`: z is not scored, use the
-    second alone; with the gold answer it is log w."""
+    |log p sampler - log p trainer| of each token of z. `y_alone`: z is not scored, and only
+    the second value counts. With the gold answer it is log w."""
     rollouts, device = [group.rollouts[m] for m in rows], shared.model.device
     ids = pad([r.ids for r in rollouts], device)  # (R, T)
     # forced tokens, and padding, get no loss
-    kinds = [[1] * len(r.z) + [0] * len(r.forced) + [2] * len(r.y) for r in rollouts]
-    kinds = pad(kinds, device)
+    kinds = pad([[1] * len(r.z) + [0] * len(r.forced) + [2] * len(r.y) for r in rollouts], device)
     is_z, is_y = kinds == 1, kinds == 2
     log_p = shared.log_probs(ids, is_y if y_alone else is_y | is_z)
     sampler = torch.tensor([x for r in rollouts for x in r.log_p], device=device)
@@ -778,7 +781,8 @@ def group_gradient(model, group: Group, config: Config) -> tuple[Tensor, dict]:
     them. Then those with a coefficient that is not 0 run again, with gradients. Returns
     log w (grpo: 0) and the metrics.
     """
-    # autocast keeps its copies of the weights, made with gradients, until this context ends
+    # Autocast is off here and on inside. Until this outer context ends it keeps its bfloat16
+    # copies of the weights. The prompt's pass makes them; all other passes use them.
     with torch.autocast(model.device.type, enabled=False):
         shared = SharedPrompt(model, group.prompt, config)
         log_w = torch.zeros(config.M, dtype=torch.float64)
@@ -847,7 +851,7 @@ def make_optimizer(model, config: Config) -> torch.optim.Optimizer:
 
 
 def q_of(step: int, config: Config) -> float:
-    """q at a step, linear from --q to --q-end. Another schedule is another line here."""
+    """q at a step: linear from --q at step 0, which has no update, to --q-end."""
     return config.q + (config.q_end - config.q) * min(1, step / config.q_steps)
 
 
@@ -893,8 +897,8 @@ def train_step(run: Run, step: int) -> dict:
     row = mean_of(gather([metrics for _, metrics in results]))
     gap = row.get("sampler_gap", 0)
     if not gap <= GAP_BOUND[config.dtype]:  # also where it is not a number
-        raise UserError(f"sampler and trainer differ by {gap:.2g} nats a token: one has other "
-                        "weights, or the model's output layer is more than a matrix")
+        raise UserError(f"sampler and trainer differ by {gap:.2g} nats a token: their weights "
+                        "differ, or the model changes its logits after the output matrix")
     sum_gradients(run.model)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip).item()
     lr = config.lr * min(1, step / max(1, config.warmup))
@@ -903,7 +907,6 @@ def train_step(run: Run, step: int) -> dict:
         run.optimizer.step()
     run.engine.sync(run.model)
     run.step = step
-
     if rank() == 0 and step % config.eval_every == 0:
         group, decode = groups[0], run.engine.template.tokenizer.decode
         append_jsonl(run.out / "samples.jsonl", [
@@ -946,8 +949,8 @@ def validate(run: Run) -> dict:
 
 
 def save(run: Run, name: str) -> None:
-    """Write a Hugging Face checkpoint with the trainer's state. After a kill the old or the
-    new one is whole."""
+    """Write a Hugging Face checkpoint with the trainer's state. If the process is killed,
+    the old or the new one is complete."""
     def write(folder: Path) -> None:
         run.model.save_pretrained(folder)
         run.engine.template.tokenizer.save_pretrained(folder)
@@ -1003,9 +1006,8 @@ def load_model(path: str, device: torch.device):
         if not model._supports_attention_backend or any(x.is_sliding is None for x in layers):
             raise ValueError("transformers cannot replace its attention, or it has none")
         model.set_attn_implementation("lower_right")
-        missing = report["missing_keys"]
-        if missing or not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError(f"weights are not finite, or missing: {missing}")
+        if report["missing_keys"] or not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError(f"weights are not finite, or missing: {report['missing_keys']}")
     except Exception as error:  # each library has its own errors
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model {path}: {type(error).__name__}: {reason}") from error
