@@ -705,13 +705,13 @@ def learning_figure(pyplot) -> None:
             axis.plot(steps, [fmean(x) for x in at], "o-", color=color, lw=2, ms=4)
             low, high = [min(x) for x in at], [max(x) for x in at]
             axis.fill_between(steps, low, high, alpha=0.12, color=color, lw=0)
-            ends.append((label, fmean(at[-1]), color))
+            ends.append((label, steps[-1], fmean(at[-1]), color))
         top = 103 if table != "hotpotqa" else None
         axis.set(title=title, xlabel="step", ylim=(-3, top))
         gap = 0.07 * (axis.get_ylim()[1] + 3)
-        heights = apart([end for _, end, _ in ends], gap)
-        for (label, _, color), height in zip(ends, heights):
-            axis.annotate(label, (steps[-1], height), (6, 0), textcoords="offset points",
+        heights = apart([end for *_, end, _ in ends], gap)
+        for (label, step, _, color), height in zip(ends, heights):
+            axis.annotate(label, (step, height), (6, 0), textcoords="offset points",
                           color=color, va="center", annotation_clip=False)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(ylabel="correct by majority of 16 (%)")
@@ -723,9 +723,11 @@ def real_figure(pyplot) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(8.5, 3.3), layout="constrained")
     runs = {line["run"]: line["metrics"] for line in read("hotpotqa")}
     for q, color in zip(("0", "0.25", "0.5", "0.75", "1"), ("C0", "C9", "C2", "C3", "C4")):
-        metrics = runs.get(f"garl cold,lr=5e-5 q={q} seed=0", {})
+        names = (f"garl cold,{variant} q={q} seed=0" for variant in ("lr=5e-5", "12-steps"))
+        metrics = next((runs[name] for name in names if name in runs), {})
         for axis, name in zip(axes, ("log_P", "above_eps")):
-            points = [(i, x) for i, x in enumerate(metrics.get(name, ())) if x is not None]
+            column = metrics.get(name, ())[:21]  # the start, where they differ
+            points = [(i, x) for i, x in enumerate(column) if x is not None]
             if points:
                 axis.plot(*zip(*points), color=color, label=f"q = {q}")
             axis.set(xlabel="step")
