@@ -34,15 +34,9 @@ def test_gold_of_one_article(gold):
         right = ver.verdicts(name, gold, gold)
         assert right["correct"] and right["paper"] and right["exact"]
         assert not any(ver.verdicts(name, " \n", gold).values())
+    assert set(ver.summarize([[gold] * 16], [record(gold)]).values()) == {100}
     assert ver.majority_vote([gold] * 12 + ["B"] * 4) == gold
     assert ver.correct(f"**{gold}**", gold) and not ver.correct("a b the an", gold)
-
-
-def test_multiple_choice():
-    """A model that is always right has 100 for each letter; "A", "A+" and "A-" differ."""
-    figures = ver.summarize([[x] * 16 for x in "ABCD"], [record(x) for x in "ABCD"])
-    assert set(figures.values()) == {100}
-    assert len(set(map(ver.vote_key, ("A", "A+", "A-", "B", "B+", "C", "C++", "The")))) == 8
 
 
 @pytest.mark.parametrize("answer, gold, aliases, right", [
@@ -73,33 +67,37 @@ def test_typography(one, other):
 RIGHT = {
     "14.5%": ["14.46%", "0.145", "14.5", "The answer is 14.5%.", r"\boxed{14.5\%}", r"\(14.5\%\)",
         r"$14.5\%$", "**14.5%**", "`14.5%`", "14.5% in 2009", "14.5% (2019)", "14.5% [1]",
-        "14.5%, up from 12.1%", "14.5% = 145/1000", "From 2008 to 2009 sales rose by 14.5%.",
-        "14.5% (see note 3)", "14.5% higher than the 12.1% of 2008",
+        "14.5%, up from 12.1%", "14.5% = 145/1000", "14.5% higher than the 12.1% of 2008",
         "14.5% of sales of $786 million", "14.5%\n\nSales were 786 in 2009 and 686 in 2008.",
-        "Answer: 14.5%\nExplanation: 786 / 686 - 1", "14.5%, since sales were 786", "\u2248 14.5 %",
-        "### Answer\n14.5%", "((786 - 686) / 686) \xd7 100 \u2248 14.5%",
-        r"\frac{100}{690} = 14.5\%", "14.5 percentage points", "<think>It is 3.</think>14.5%",
-        "It was 14.5% (786 in 2009, 686 in 2008).", "It is 14.5%, since 786 is more than 686."],
+        "Answer: 14.5%\nExplanation: 786 / 686 - 1", "14.5%, since sales were 786",
+        "\u2248 14.5 %. Sales were 7.", "### Answer\n14.5%",
+        "((786 - 686) / 686) \xd7 100 \u2248 14.5%", r"\frac{100}{690} = 14.5\%",
+        "14.5 percentage points", "<think>It is 3.</think>14.5%",
+        "It was 14.5% (786 in 2009, 686 in 2008).", "It is 14.5%, since 786 is more than 686.",
+        "It is 14.5%. I hope the answer is clear."],
     "26.8%": ["(5.2 - 4.1)/4.1 = 0.268 or 26.8%", "26.8% ((5.2-4.1)/4.1)",
-        "from 4.1 to 5.2, or 26.8%"],
+        "from 4.1 to 5.2, or 26.8%", "100 million, or 26.8%"],
     "-786": ["$(786)$", "(786)", "**(786)**", "Answer: (786)", "USD (786)", "net loss of (786)",
         "-786 ( 786 )", "-$786", "$-786", "\u2212786", "minus 786", "it fell by 786"],
     "-786 million": ["(786) million", "($786) million", "($786 million)", "-$786 million"],
     "-14.5%": ["(14.5%)", "(14.5)%", "\u2212 14.5%"], "14%": ["0.14464", "0.14 (14%)", "1.4464e-1"],
     "7 million": [r"\boxed{7} million", "**7** million", "$7$ million"],
     "1234": [r"\boxed{1{,}234}", "$1,234.0", "1 234", r"1\,234"],
-    "0.8": ["4/5", "4:5", "It is 4:5."], "14": ["13.9%"], "8.59%": ["S&P 500: 8.59%"],
+    "0.8": ["4/5", "4:5", r"\frac{4}{5}"],
     "$103.7 million": ["$ 103.7 million", "103.7", "103,700,000", "103.7M"],
     "42": ["**42**", "the total **is** 42", "2010\u20132012: 42", "answer\u201442", "US$42",
-        "Q3 42", "42M", "on December 31, 2009 it was 42, compared to 38", "42 in 3 years",
+        "Q3 42", "42M", "It was 42 at December 31, 2009.", "42 in 3 years",
         "$42 of the total of $45"],
     "yes": ["Yes.", "yes, there is no doubt", "Yes (no decline)", "The answer is yes.", "**Yes**"],
     "no": ["No, it did not", r"\boxed{\text{No}}", "so no", "no, not yes"],
-    "7%": ["7% of shops in May 2011", "0.0724"], "0.07": ["7.24%"], "786": ["786, or 3/4 of sales"],
-    "3": ["3:1"], "-3": ["-2.6"], "1": ["100%"], "0.14": ["14%"], "0.5%": [".5%"],
-    "12.4": ["12.39", "12.35"], "12.3": ["12.35"], "-12%": ["-0.125"], "1/42": ["1/42"],
-    "103700000": ["103.7 million"], "-42": ["\u201342", "minus 42"], "1000000": ["1 000 000"],
-    "-12.4%": ["It declined 12.4%."], "862": ["1. Add the two.\n2. The total is 862."]}
+    "$7.2 billion": ["7.2b", "7.2bn", "0.0072 trillion"], "14": ["13.9%"],
+    "8.59%": ["8.59% for the S&P 500"], "7%": ["7% of shops in May 2011", "0.0724"],
+    "0.07": ["7.24%"], "786": ["786, or 3/4 of sales"], "3": ["3:1"], "-3": ["-2.6"], "1": ["100%"],
+    "0.5%": [".5%"], "12.4": ["12.39"], "12.3": ["12.35"], "-12%": ["-0.125"],
+    "-42": ["\u201342", "minus 42"], "1000000": ["1 000 000"], "-12.4%": ["It declined 12.4%."],
+    "862": ["1. Add the two.\n2. The total is 862."], "1500": ["1.5 thousand"],
+    "12": ["5 in Europe plus 7 in Asia are 12."], "2.3": ["2.3x"],
+    "$9 or $.5 million": ["$9 or $.5 million"]}
 WRONG = {
     "14.5%": ["1.45%", "145%", "0.0145", "-14.5%", "14.5 to 15%", "14.5-15%", "14.56%"],
     "14%": ["", "nan", "12% (not 14%)", "12%, not 14%"],
@@ -108,13 +106,17 @@ WRONG = {
     "686": ["786 - 686", "786 - 686 = 100", "100, compared with 786 in 2009 and 686 in 2008"],
     "yes": ["yes and no", "not yes", "no", "1", "yes or no"], "no": ["not known", "yes", "not no"],
     "42": ["\u201342", "minus 42", "Negative $42", "-(42)", "42k", "1,42", "2^42", "2**42",
-        "6 \xd7 42", "1.000.042", "1 042", "42\xb2", "B42", "6 * 42"],
+        r"6 \times 42", "1.000.042", "1 042", "42\xb2", "B42", "6 * 42"],
     "12.1%": ["14.5%, up from 12.1%", "from 12.1% to 14.5%"], "0": ["14%", "1.000.000"],
     "2019": ["14.5% (2019)"], "-7": ["rose (see page 7)"], "786": ["$(786)", "net loss of (786)"],
     "40%": ["**0.4**%"], "7 million": ["**7** billion", "$7$ billion"],
     "7 billion": [r"\boxed{7} million"], "5": [r"-\boxed{5}", "4:5"], "1%": ["1.16"],
     "104%": ["$104 million"], "1234": ["123", "12,34"], "3": ["\u0663"], "-14.5%": ["(0.145)%"],
     "4.1": ["(5.2-4.1)/4.1"], "12.4": ["12.3499"], "0.3": ["0.3%"], "10.57%": ["10.57% * Year 1"]}
+RIGHT["42"] += [f"It rose 42 {words}" for words in (
+    "from 38 to 80", "between 38 and 80", "than 38", "versus 38", "vs 38", "vs. 38", "not 38",
+    "compared to 38", "including 38", "out of 80", "page 7", "note 9", "followed by 38")]
+RIGHT["42"] += [f"Compared to 38 {x} 42, versus 38" for x in ", is was are were".split()]
 
 
 @pytest.mark.parametrize("right, table", [(1, RIGHT), (0, WRONG)])
@@ -148,9 +150,8 @@ def test_finqa_value(gold, value, aliases):
     ("musique", "  The U.S.  an Apple-pie, a day ", "us applepie day", 1, 1),
     ("hotpotqa", "Theatre of another", "theatre of another \u2019", 0, 2 * 3 / (3 + 4))])
 def test_em_and_f1(dataset, answer, gold, em, f1):
-    """HotpotQA's f1 is 0 if one side alone is yes, no or noanswer, and aliases do not count.
-    MuSiQue's em and f1 are the best over gold and aliases, and two empty answers agree.
-    Articles are whole words, and punctuation is ASCII."""
+    """Articles are words, and punctuation is ASCII. HotpotQA's f1 is 0 if one side alone is yes, no
+    or noanswer. In MuSiQue aliases count, and two answers without words agree."""
     verdict = ver.verdicts(dataset, answer, gold, ("US",))
     assert (verdict["em"], verdict["f1"]) == pytest.approx((em, f1))
 
@@ -214,7 +215,8 @@ def test_majority(answers, vote):
     (1, ("-786 ( 786 )", "(786)", "-$786", "minus 786")), (1, ("\u201342", "-42.0")),
     (1, ("The answer is Paris.", "<think>Rome</think>Paris")), (0, ("in 2004", "2004")),
     (0, ("14%", "14")), (0, ("12,34", "34")), (0, ("14 million", "14 billion")), (0, ("(5)", "5")),
-    (0, ("5.2 stores", "52 stores")), (0, ("yes", "no")), (0, ("14, 15 and 16", "14"))])
+    (0, ("5.2 stores", "52 stores")), (0, ("yes", "no")), (0, ("14, 15 and 16", "14")),
+    (0, ("A", "A+", "A-", "B", "B+", "C", "C++", "The"))])
 def test_vote_key(same, forms):
     """Forms of one answer have one key. Different answers have different keys."""
     keys = list(map(ver.vote_key, forms))
@@ -235,7 +237,6 @@ def test_summarize():
     """Mean, any and vote in percent, with aliases; a prompt that was too long counts as wrong."""
     answers = [["4", "4", "5", ""], ["1", "2", "2", "3"], ["x", "y", "z", ""]]
     metrics = ver.summarize(answers, [record("4"), record("3"), record("14%", "0.14")])
-    assert list(metrics) == ["p@1", "p@4", "maj@4"]
     assert metrics == pytest.approx({"p@1": 25, "p@4": 200 / 3, "maj@4": 100 / 3})
     four = [record("4"), record("4")]
     assert ver.per_prompt([["9", "4", "4"], ["4", "9", "9"]], four)["maj@3"] == [1, 0]
@@ -252,4 +253,3 @@ def test_bootstrap():
     low, high = ver.bootstrap_interval(values, resamples=5000)
     assert (low, high) == ver.bootstrap_interval(values, resamples=5000)
     assert (low, high) == pytest.approx((0.236, 0.364), abs=0.005), "0.3 -+ 1.96 deviations"
-    assert ver.bootstrap_interval([1.0] * 5) == (1, 1)
