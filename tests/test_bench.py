@@ -1,4 +1,4 @@
-"""The benchmark runs and reports what it promises, at a size that takes seconds."""
+"""bench.py runs and reports what it promises, at a size that takes seconds."""
 import re
 import subprocess
 import sys
@@ -7,7 +7,8 @@ from pathlib import Path
 BENCH = str(Path(__file__).with_name("bench.py"))
 
 
-def test_it_reports_phases_memory_and_share_of_every_shape():
+def test_report():
+    """Phases, memory and share are numbers of the right size, for every shape."""
     argv = ["--repeats", "1", "--prompt", "40", "80", "--response", "8", "--M", "4"]
     done = subprocess.run([sys.executable, BENCH, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
