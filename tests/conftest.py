@@ -27,6 +27,9 @@ from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2)
+QWEN3 = dict(vocab_size=151936, num_hidden_layers=28, hidden_size=1024, intermediate_size=3072,
+             num_attention_heads=16, num_key_value_heads=8, head_dim=128,
+             tie_word_embeddings=True, max_position_embeddings=40960)  # Qwen3-0.6B
 SMALL = ["--rollout", "hf", "--M", "4", "--batch-size", "2", "--limit", "24",
          "--eval-every", "2", "--eval-samples", "4"]  # of the lab model
 CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -83,12 +86,21 @@ def difference(one, two) -> float:
     return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
+def equal(a: dict, b: dict) -> bool:
+    """Whether the parameters are the same, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def same(one, two) -> bool:
     """Whether two runs are one: logs and checkpoints, bit for bit."""
-    pairs = [(weights(one, name), weights(two, name)) for name in ("last", "best")]
-    return (all(rows(one, name) == rows(two, name) for name in ("metrics.jsonl", "samples.jsonl"))
-            and all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-                    for a, b in pairs))
+    logs = ("metrics.jsonl", "samples.jsonl")
+    return (all(rows(one, name) == rows(two, name) for name in logs)
+            and all(equal(weights(one, name), weights(two, name)) for name in ("last", "best")))
+
+
+def step_of(run, name="last") -> int:
+    """The step of a checkpoint."""
+    return torch.load(Path(run) / name / "trainer.pt", weights_only=True)["step"]
 
 
 # --- Models and templates ---------------------------------------------------------------
