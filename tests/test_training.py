@@ -1,18 +1,16 @@
 """The program on small models: its steps, seeds, numbers and checkpoints; and it learns."""
-import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import SMALL, program, rows, same, weights
+from conftest import SMALL, equal, program, rows, same, step_of, weights
 
 import tsallis_rl
 from data import Record
 from tsallis_rl import (Group, HFRollouts, Rollout, batch_of, coefficients, prompt_metrics, q_of,
-                        sample_answers, sample_groups)
+                        sample_groups)
 
 
 # --- Runs, checkpoints, --resume ----------------------------------------------------------
@@ -25,64 +23,42 @@ def test_resume(method, optimizer, small, tmp_path):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     assert program([*start, "--steps", "4", "--out", whole]) == 0
     assert program([*start, "--steps", "3", "--out", parts]) == 0
-    assert "val_maj@2" not in rows(parts)[3]
     assert program(["--resume", parts, "--steps", "4"]) == 0
     assert same(whole, parts) and [row["step"] for row in rows(whole)] == [0, 1, 2, 3, 4]
 
 
-def scripted(monkeypatch, figures):
-    """Validations whose maj@2 is, one after the other, what the script says."""
-    figures = iter(figures)
-    monkeypatch.setattr(tsallis_rl, "summarize", lambda *_: {"maj@2": next(figures)})
-
-
-def step_of(run, name):
-    return torch.load(Path(run) / name / "trainer.pt", weights_only=True)["step"]
-
-
-@pytest.mark.parametrize("stop", (None, 2))
+@pytest.mark.parametrize("stop", ("0", "2"))
 @pytest.mark.parametrize("script, best", (([5, 30, 20, 25], 1), ([5, 10, 10, 7], 1),
                                           ([0, 1, 2, 3], 3)))
 def test_best(script, best, stop, small, tmp_path, monkeypatch):
     """best is the first of the highest validations, also when the run was resumed."""
-    run = str(tmp_path / "run")
-    scripted(monkeypatch, script)  # steps 0 to 3
-    if stop:
-        assert program([*small, "--steps", str(stop), "--out", run]) == 0
-    rest = ["--resume", run] if stop else [*small, "--out", run]
-    assert program([*rest, "--steps", "3"]) == 0
+    run, figures = str(tmp_path / "run"), iter(script)  # of steps 0 to 3
+    monkeypatch.setattr(tsallis_rl, "summarize", lambda *_: {"maj@2": next(figures)})
+    assert program([*small, "--steps", stop, "--out", run]) == 0
+    assert program(["--resume", run, "--steps", "3"]) == 0
     assert step_of(run, "best") == best and step_of(run, "last") == 3
 
 
 def test_folder(tmp_path):
-    """A run is one folder, with checkpoints that transformers loads."""
+    """A run is one folder, with checkpoints that transformers loads and AdamW's state. Step 0
+    only validates, and the last step does so, too."""
     run = tmp_path / "run"
     assert program([*SMALL, "--steps", "2", "--method", "garl", "--eps", "1e-6",
-                    "--out", str(run)]) == 0
+                    "--eval-every", "40", "--out", str(run)]) == 0
     assert {p.name for p in run.iterdir()} == {"config.json", "lock", "metrics.jsonl",
                                                "samples.jsonl", "best", "last"}
-    settings = json.loads((run / "config.json").read_text())["settings"]
-    assert settings["think_budget"] == 24 and settings["eps"] == 1e-6
+    validation = {"step", "val_p@1", "val_p@4", "val_maj@4"}
+    assert [row.keys() >= validation for row in rows(run)] == [True, False, True]
+    assert rows(run)[0].keys() == validation and len(rows(run, "samples.jsonl")) == 2
     for name in ("best", "last"):
         model = transformers.AutoModelForCausalLM.from_pretrained(run / name)
         assert all(torch.equal(model.state_dict()[k], w) for k, w in weights(run, name).items())
         assert transformers.AutoTokenizer.from_pretrained(run / name).eos_token == "<|im_end|>"
-    assert len(rows(run, "samples.jsonl")) == 2
     state = torch.load(run / "last" / "trainer.pt", weights_only=True)["optimizer"]
     group = state["param_groups"][0]
     assert group["eps"] == 1e-6 and group["lr"] == pytest.approx(3e-4 * 2 / 5)
     # asked for a state that is not there, torch makes one by a step: then this is 3
     assert {float(s["step"]) for s in state["state"].values()} == {2.0}
-
-
-def test_step_0(small, tmp_path):
-    """Step 0 validates the model as it comes and moves neither weights nor AdamW's state."""
-    run = tmp_path / "run"
-    assert program([*SMALL, "--steps", "0", "--out", str(run)]) == 0
-    start, state = weights(tsallis_rl.LAB_MODEL, "."), run / "last" / "trainer.pt"
-    assert all(torch.equal(w, start[name]) for name, w in weights(run).items())
-    assert not torch.load(state, weights_only=True)["optimizer"]["state"]
-    assert rows(run)[0].keys() == {"step", "val_p@1", "val_p@4", "val_maj@4"}
 
 
 def test_limits(small, lab, tmp_path, monkeypatch):
@@ -133,35 +109,12 @@ def test_every_draw_has_its_seed(method, small, tmp_path, monkeypatch):
     assert len({seed % 2**32 for seed in seeds}) == 2 * (whole - validation)
 
 
-class Scribe:
-    """An engine that keeps the seeds it is given, and answers what it is told."""
-
-    def __init__(self, template, answers):
-        self.template, self.seeds, self.answers = template, [], answers
-
-    def sample(self, rows, budget, stop):
-        self.seeds.append([seed for *_, seed in rows])
-        given = self.answers if rows[0][1] else [self.template.close]
-        return [(given[i % len(given)], [-1.0]) for i in range(len(rows))]
-
-
-def test_seeds_of_validation(lab, config):
-    """A prompt's evaluation seeds depend on its place and the run's seed alone."""
-    engine, settings = Scribe(lab[1], [lab[1].gold("5")]), config(eval_samples=4)
-    examples = [(None, [7, 8, i]) for i in range(5)]
-    for _ in range(2):
-        assert sample_answers(engine, examples, settings) == [["5"] * 4] * 5
-    examples[1] = (None, [])  # too long
-    assert sample_answers(engine, examples, settings)[1] is None
-    sample_answers(engine, examples, config(eval_samples=4, seed=1))
-    first, again, short, other = engine.seeds[::2]
-    assert first == again and short == first[:4] + first[8:]
-    assert len(set(first + other)) == 5 * 4 + 4 * 4
-
-
 # --- One step -----------------------------------------------------------------------------
 def test_reward(lab, config):
     """The reward is for the gold answer with an end token, and for nothing that looks like it."""
+    def sample(rows, budget, stop):
+        return [(ids, [-1.0]) for ids, _ in cases] if rows[0][1] else [([7], [-1.0])] * len(rows)
+
     template = lab[1]
     [four], [two] = map(template.encode, "42")
     end, start = template.end, template.special["<|im_start|>"]
@@ -169,8 +122,9 @@ def test_reward(lab, config):
              ([start, four, two, end], 0), ([four, two, start], 0), ([four, end], 0), ([end], 0),
              ([two, four, end], 0), ([four, two, *template.separator, end], 1), ([], 0),
              ([four, *template.close, two, end], 0)]
-    run = SimpleNamespace(engine=Scribe(template, [ids for ids, _ in cases]), config=config(
-        method="grpo", M=len(cases), batch_size=1), train=[(Record("", "", "", "42"), [7, 8])])
+    run = SimpleNamespace(engine=SimpleNamespace(template=template, sample=sample),
+                          config=config(method="grpo", M=len(cases), batch_size=1),
+                          train=[(Record("", "", "", "42"), [7, 8])])
     [group] = sample_groups(run, 1)
     assert group.reward.tolist() == [reward for _, reward in cases]
     assert [r.y for r in group.rollouts] == [ids for ids, _ in cases]
@@ -245,11 +199,13 @@ def test_eps(monkeypatch, config):
 
 @pytest.mark.parametrize("bad", (math.nan, math.inf))
 def test_not_finite(bad, monkeypatch, config):
-    """A gradient that is not finite moves neither the weights nor AdamW's state."""
+    """A gradient that is not finite moves neither the weights nor AdamW's state, and no share
+    of it is above eps."""
     settings = dict(lr=0.1, warmup=0)
     history = stepped(monkeypatch, config, [[3.0, 4.0], [bad, 1.0], [1.0, 1.0]], **settings)
     plain = stepped(monkeypatch, config, [[3.0, 4.0], [1.0, 1.0]], **settings)
-    assert history[1][0] == [0, 0] and [history[i][0] for i in (0, 2)] == [x for x, _ in plain]
+    assert history[1][0] == [0, 0] and history[1][1]["above_eps"] is None
+    assert [history[i][0] for i in (0, 2)] == [x for x, _ in plain]
 
 
 def test_q_of(config, tmp_path):
@@ -290,7 +246,7 @@ def test_stale_sampler(errors, code, small, tmp_path, monkeypatch, capsys):
         for ids, log_p in sample(*args)])
     assert program(["--resume", run, "--steps", "2"]) == code
     assert ("sampler and trainer differ" in capsys.readouterr().err) == (code == 2)
-    assert all(torch.equal(w, before[k]) for k, w in weights(run).items()) == (code == 2)
+    assert equal(weights(run), before) == (code == 2)
 
 
 # --- It learns ----------------------------------------------------------------------------
