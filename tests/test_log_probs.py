@@ -27,8 +27,8 @@ def pool(random_model, lab, config):
 def test_sampler(random_model, lab, config):
     """The sampler draws by the model's distribution and the row's own random numbers, with
     prompts and responses of unequal lengths."""
-    asked = [([*range(6, 6 + n)], begun, n) for n, begun in (
-        (3, []), (9, [20, 21, 22]), (9, []), (5, [23]))]
+    begins = ((3, []), (9, [20, 21, 22]), (9, []), (5, [23]))
+    asked = [([*range(6, 6 + n)], begun, n) for n, begun in begins]
     for budget in (8192, 20):  # one batch, or one for each row
         engine = HFRollouts(random_model, lab[1], config(token_budget=budget))
         samples = engine.sample(asked, 10, lab[1].stop())
@@ -44,10 +44,9 @@ def test_sample_alone(pool, random_model, lab, config):
     """A sample does not depend on what shares its batch, or on whether an answer follows."""
     alone = HFRollouts(random_model, lab[1], config(token_budget=1))
     for i, (prompt, rollouts) in enumerate(zip(*pool)):
-        [again] = generate(alone, [prompt], [100 * i], M, THINK, ANSWER)
-        assert [(r.z, r.y) for r in again] == [(r.z, r.y) for r in rollouts]
-        [short] = generate(alone, [prompt], [100 * i], M, THINK, 0)
-        assert [(r.z, r.y) for r in short] == [(r.z, []) for r in rollouts]
+        for answer in (ANSWER, 0):
+            [again] = generate(alone, [prompt], [100 * i], M, THINK, answer)
+            assert [(r.z, r.y) for r in again] == [(r.z, r.y[:answer]) for r in rollouts]
 
 
 def test_budgets(pool, lab):
@@ -147,26 +146,30 @@ def test_micro_batches(random_model, lab, config):
     assert {1, 5} < sizes
 
 
+def agree(ours, theirs, inputs):
+    """Both have the same values, and the same gradients for the same upstream ones."""
+    upstream = torch.randn(ours.shape, generator=tsallis_rl.seeded(1)).double()
+    grads = [torch.autograd.grad(out, inputs, upstream) for out in (ours, theirs)]
+    for x, y in ((ours, theirs), *zip(*grads)):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("chunk", (1, 64, 2**25))
 def test_token_log_probs(chunk, monkeypatch):
     """Chunked log-probabilities are torch's, in value and gradient."""
     monkeypatch.setitem(tsallis_rl.CHUNK, "cpu", chunk)
-    g = torch.Generator().manual_seed(0)
+    g = tsallis_rl.seeded(0)
     hidden, weight = (torch.randn(n, 8, generator=g).double().requires_grad_() for n in (13, 37))
-    target, upstream = torch.randint(37, (13,), generator=g), torch.randn(13, generator=g).double()
+    target = torch.randint(37, (13,), generator=g)
     plain = (hidden @ weight.T).log_softmax(-1).gather(-1, target[:, None])[:, 0]
-    fast = token_log_probs(hidden, weight, target)
-    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-13)
-    grads = [torch.autograd.grad(out, (hidden, weight), upstream) for out in (fast, plain)]
-    for x, y in zip(*grads):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
+    agree(token_log_probs(hidden, weight, target), plain, (hidden, weight))
 
 
 @pytest.mark.parametrize("T, S", ((1, 9), (3, 9), (9, 9)))
 @pytest.mark.parametrize("masked", (False, True))
 def test_attention(T, S, masked):
     """The attention is torch's causal one, or the one with a mask for padding on the left."""
-    R, H, G, D, g = 2, 6, 3, 8, torch.Generator().manual_seed(0)
+    R, H, G, D, g = 2, 6, 3, 8, tsallis_rl.seeded(0)
     query, key, value = (torch.randn(R, heads, length, D, generator=g).double().requires_grad_()
                          for heads, length in ((H, T), (G, S), (G, S)))
     bias, mask = causal_lower_right(T, S), None
@@ -176,11 +179,7 @@ def test_attention(T, S, masked):
     theirs = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=0.3,
                                             enable_gqa=True).transpose(1, 2)
     ours, _ = attention(None, query, key, value, mask, scaling=0.3)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
-    upstream = torch.randn(ours.shape, generator=g).double()
-    grads = [torch.autograd.grad(out, (query, key, value), upstream) for out in (ours, theirs)]
-    for x, y in zip(*grads):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
+    agree(ours, theirs, (query, key, value))
 
 
 def test_draw():
