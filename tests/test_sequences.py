@@ -1,11 +1,10 @@
 """Sequences are joined as token ids: prompt | z | </think> | "\n\n" | answer | end token."""
 import pytest
-import torch
 from conftest import plain_template
 
 from data import Record
 from data.files import UserError
-from tsallis_rl import CLOSE, FORCED, SEPARATOR, Rollout, Y, Z, encode, pad, positions
+from tsallis_rl import CLOSE, FORCED, SEPARATOR, Rollout, Y, Z, encode, positions
 
 
 @pytest.fixture(params=["think token", "ordinary tokens"])
@@ -27,22 +26,6 @@ def test_response(closed, template):
     assert response.kinds == [Z] * len(z) + [FORCED] * len(forced) + [Y] * len(template.gold("5"))
     assert template.tokenizer.decode(response.ids).replace(" ", "").endswith(
         f"{CLOSE}{SEPARATOR}5<|im_end|>")
-    assert (template.forced(z[:-1]) == template.close + template.separator)
-
-
-def test_sampled_ids_stay():
-    """Sampled ids that their own text would not give back are kept."""
-    template = plain_template()
-    z = [i for text in "th in k".split() for i in template.encode(text)]
-    assert template.encode(template.tokenizer.decode(z)) != z
-    assert Rollout(z, [], template.forced(z), []).ids[:len(z)] == z
-
-
-def test_padding():
-    """Padding is on the right unless asked for on the left, and is of the kind without loss."""
-    assert pad([[5, 6], [7]], torch.device("cpu")).tolist() == [[5, 6], [7, 0]]
-    assert pad([[5, 6], [7]], torch.device("cpu"), "left").tolist() == [[5, 6], [0, 7]]
-    assert FORCED == 0 and len({FORCED, Z, Y}) == 3
 
 
 def test_prompt(template):
