@@ -57,7 +57,9 @@ def test_write_text(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["text", "text.tmp"]
     assert path.read_text() == "old" and other.read_text() == "not ours"
     monkeypatch.setattr(files, "sync", lambda path: synced.append(path.name.startswith(".")))
+    file = path.stat().st_ino
     files.write_text(path, "new")
+    assert path.stat().st_ino != file, "it is another file, so nobody sees half of the text"
     assert synced == [True, False], "first the text, later its name"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import tsallis_rl
-from conftest import equal, program, rows, same, weights
+from conftest import equal, program, rows, same, step_of, weights
 from data.files import UserError, open_folder
 from tsallis_rl import MAY_CHANGE, Config, parse
 
@@ -123,7 +123,7 @@ def test_signal(name, small, whole, tmp_path, monkeypatch, capsys):
         assert program([*small, "--steps", "3", "--eval-every", "3", "--out", str(out)]) == 0
     assert [row["step"] for row in rows(out)] == [0, 1, 2] and set(printed) == {("", "")}
     assert signal.getsignal(number) is handler
-    assert go_on(out) == 0 and equal(weights(out), weights(whole))
+    assert step_of(out) == 2 and go_on(out) == 0 and equal(weights(out), weights(whole))
 
 
 def test_nohup(small, tmp_path, monkeypatch):
