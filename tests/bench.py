@@ -5,12 +5,8 @@ Each repeat is one real step (`tsallis_rl.train_step`: sampling, gradient, updat
 the sampler) of every combination of --prompt and --M in turn, so that a noisy machine hits
 all alike. Rollouts have full length: no token ends them. Medians stand at the end.
 
-share: floating-point operations (6 x parameters x distinct tokens; the prompt counts once) in
-a second of the training phase, as a share of a plain matrix product's on this machine.
-
     python tests/bench.py --model FOLDER --rollout vllm           # the other sampler
     python tests/bench.py --prompt 512 1024 --M 16 32             # longer prompts, more rollouts
-    python tests/bench.py --model qwen3-0.6b --prompt 1024 --response 512 --M 32   # on a GPU
 """
 import argparse
 import itertools
@@ -18,8 +14,6 @@ import platform
 import resource
 import statistics
 import sys
-import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,23 +23,6 @@ import torch
 import tsallis_rl as t
 from data import Record
 
-QWEN3 = dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
-             num_attention_heads=16, num_key_value_heads=8, head_dim=128,
-             tie_word_embeddings=True, max_position_embeddings=40960)
-
-
-def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations per second of a square matrix product, median of 9."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, seconds = torch.randn(n, n, dtype=dtype, device=device), []
-    for _ in range(11):
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / statistics.median(seconds[2:])
-
 
 def peak_memory() -> float:
     """GiB: of torch's tensors on a GPU, of the process on a CPU."""
@@ -53,53 +30,34 @@ def peak_memory() -> float:
     return (gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
 
 
-def model_folder(name: str, folder: str) -> str:
-    """`name`, or for qwen3-0.6b a model of that shape with random weights in `folder`."""
-    if name != "qwen3-0.6b":
-        return name
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-    Qwen3ForCausalLM(Qwen3Config(**QWEN3)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(t.LAB_MODEL).save_pretrained(folder)
-    return folder
-
-
-def endless(template: t.Template, vocabulary: int) -> t.Template:
-    """A template whose samples practically never end."""
-    template.end = vocabulary - 1
+def start_run(args, prompts: dict) -> t.Run:
+    """A run of one prompt a step, without validation. Its samples practically never end."""
+    model, template = t.load_model(args.model, t.start_processes())
+    template.end = model.config.vocab_size - 1
     template.ends = {template.end}
     template.stop = lambda: template.ends
-    return template
-
-
-def start_run(args, path: str, prompts: dict, device: torch.device) -> t.Run:
-    """A run of one prompt a step, without validation."""
-    model, template = t.load_model(path, device)
-    template = endless(template, model.config.vocab_size)
     config = t.resolve(t.Config(
-        model=path, method=args.method, dtype=args.dtype, rollout=args.rollout, batch_size=1,
-        lr=1e-6, think_budget=args.response, token_budget=args.token_budget,
+        model=args.model, method=args.method, dtype=args.dtype, rollout=args.rollout, lr=1e-6,
+        batch_size=1, think_budget=args.response, token_budget=args.token_budget,
         gpu_share=args.gpu_share))
-    engine = t.make_engine(config, path, model, template, sum(prompts.values(), []))
+    engine = t.make_engine(config, args.model, model, template, sum(prompts.values(), []))
     engine.sync(model)
     return t.Run(config, Path("."), model, engine, t.make_optimizer(model, config), [], [])
 
 
-def measure(run: t.Run, examples: list, M: int, rate: float) -> dict:
+def measure(run: t.Run, examples: list, M: int) -> dict:
     """The figures of one step."""
     run.config = replace(run.config, M=M, K=M, eval_every=2**40)  # no samples.jsonl
     run.train = examples
-    row, template = t.train_step(run, run.step + 1), run.engine.template
-    answer = template.forced([]) + template.gold("42")
-    tokens = len(examples[0][1]) + M * (run.config.think_budget + len(answer))
-    operations = 6 * run.model.num_parameters() * tokens
+    row = t.train_step(run, run.step + 1)
     return {"rollout": row["seconds_rollout"], "train": row["seconds_train"],
-            "peak": peak_memory(), "share": 100 * operations / row["seconds_train"] / rate}
+            "peak": peak_memory()}
 
 
 def main() -> None:
     """Say what the machine is, measure, print every repeat, then the medians."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default=t.LAB_MODEL, help="folder, or qwen3-0.6b (random)")
+    parser.add_argument("--model", default=t.LAB_MODEL)
     parser.add_argument("--prompt", type=int, nargs="+", default=[470], help="tokens")
     parser.add_argument("--response", type=int, default=64, help="sampled tokens of a rollout")
     parser.add_argument("--M", type=int, nargs="+", default=[16], help="rollouts")
@@ -109,28 +67,24 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=8192)
     parser.add_argument("--gpu-share", type=float, default=0.4)
     parser.add_argument("--repeats", type=int, default=5)
-    args, device = parser.parse_args(), t.start_processes()
-    gpu = torch.cuda.is_available()
+    args, gpu = parser.parse_args(), torch.cuda.is_available()
     name = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
     print(f"{platform.machine()}, {name}, torch {torch.__version__}")
 
     words = torch.randint(10, 200, (max(args.prompt),)).tolist()
     prompts = {n: [(Record("0", "", "", "42"), words[:n])] for n in args.prompt}
     shapes = list(itertools.product(args.prompt, args.M))
-    rows = {shape: [] for shape in shapes}
-    with tempfile.TemporaryDirectory() as folder:
-        run = start_run(args, model_folder(args.model, folder), prompts, device)
-        rate = matrix_rate(getattr(torch, args.dtype), device)
-        for repeat, (n, M) in itertools.product(range(args.repeats + 1), shapes):
-            row = measure(run, prompts[n], M, rate)
-            print(repeat or "warm-up", n, M, {k: round(x, 3) for k, x in row.items()}, flush=True)
-            if repeat:
-                rows[n, M].append(row)
+    rows, run = {shape: [] for shape in shapes}, start_run(args, prompts)
+    for repeat, (n, M) in itertools.product(range(args.repeats + 1), shapes):
+        row = measure(run, prompts[n], M)
+        print(repeat or "warm-up", n, M, {k: round(x, 3) for k, x in row.items()}, flush=True)
+        if repeat:
+            rows[n, M].append(row)
     for (n, M), some in rows.items():
         row = {key: statistics.median(row[key] for row in some) for key in some[0]}
         print(f"prompt {n}, response {args.response}, M {M}, {args.rollout}: medians of "
               f"{len(some)}: rollout {row['rollout']:.2f} s, train {row['train']:.2f} s, "
-              f"peak {row['peak']:.1f} GiB, {row['share']:.1f}% of the matrix rate")
+              f"peak {row['peak']:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ BENCH = str(Path(__file__).with_name("bench.py"))
 
 
 def test_report():
-    """Phases, memory and share are numbers of the right size, for every shape."""
+    """Times and memory of every shape are printed."""
     argv = ["--repeats", "1", "--prompt", "40", "80", "--response", "8", "--M", "4"]
     done = subprocess.run([sys.executable, BENCH, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = re.findall(r"prompt (\d+), response 8, M 4, hf: medians of 1: rollout ([\d.]+) s, "
-                       r"train ([\d.]+) s, peak ([\d.]+) GiB, ([\d.]+)%", done.stdout)
-    assert [row[0] for row in found] == ["40", "80"]
-    assert all(0 < float(row[3]) and 0 < float(row[4]) <= 100 for row in found)
+    found = re.findall(r"prompt (\d+), response 8, M 4, hf: medians of 1: rollout [\d.]+ s, "
+                       r"train [\d.]+ s, peak ([\d.]+) GiB", done.stdout)
+    assert [row[0] for row in found] == ["40", "80"] and all(float(row[1]) > 0 for row in found)

@@ -65,9 +65,10 @@ COLD = {
 def hub_row(name):
     """The row as the Hub has it."""
     row = ROWS[name]()
-    for key, names in [("context", ["title", "sentences"]),
-                       ("supporting_facts", ["title", "sent_id"])] if name == "hotpotqa" else ():
-        row[key] = dict(zip(names, map(list, zip(*row[key]))))
+    if name == "hotpotqa":
+        for key, other in (("context", "sentences"), ("supporting_facts", "sent_id")):
+            titles, values = zip(*row[key])
+            row[key] = {"title": list(titles), other: list(values)}
     return row | row.pop("qa", {}) | {"id": row.pop("_id", row.get("id"))}
 
 
@@ -106,9 +107,8 @@ def test_benchmark(name, tmp_path, monkeypatch):
     ("$ -5", "-$5", "$N"), ("101 stores per year", "101", "N"), (".5%", "0.5%", "N.N%"),
     ("$ 500 or $ .5 thousand", "$500", "$N"), ("( 4.2 )", "-4.2", "N.N"), ("no .", "no", ""),
     ("(17.4)%", "-17.4%", "N.N%"), ("( 17.4 % )", "-17.4%", "N.N%"), ("5.%", "5%", "N%"),
-    ("14 percent", "14%", "N%"), ("14 Per cent", "14%", "N%"), ("$1.2B", "$1.2B", ""),
-    ("$ 12 Million", "$12 million", "$N million"), ("$ 12 millions", "$12 million", "$N million"),
-    ("(7) million", "-7 million", "N million"), ("1.2 trillion", "1.2 trillion", "N.N trillion"),
+    ("14 Per cent", "14%", "N%"), ("$ 12 Millions", "$12 million", "$N million"),
+    ("(7) million", "-7 million", "N million"), ("$1.2B", "$1.2B", ""),
     *((text, text, "") for text in ["3 : 1", "25 basis points", "2.5x", "net income", "."])])
 def test_finqa_gold(raw, gold, form):
     """Notation is unified, a unit is never lost, and the form tells neither digits nor sign."""
@@ -175,11 +175,10 @@ def test_own(tmp_path):
 @pytest.mark.parametrize("text, word", [
     ("", "the file is empty"), ("\n \n", "the file is empty"), ('{"id": "1"\n', "line 1"),
     (json.dumps(own()) + "\n\n{oops}\n", "line 3"), ("[" * 100_000, "line 1"),
-    ("id,warm_prompt,cold_prompt,answer\n1,w,c,a\n", "line 1"),
-    (json.dumps([own()]), "line 1"), (json.dumps([own()], indent=1), "line 1"),
+    ("id,warm_prompt,cold_prompt,answer\n1,w,c,a\n", "line 1"), (json.dumps([own()]), "line 1"),
     *((json.dumps(own() | {key: value}), f"line 1: '{key}'") for key, value in [
-        ("id", 7), ("answer", None), ("cold_prompt", 7), ("aliases", "x"), ("aliases", [1])]),
-    (json.dumps(own(warm_prompt="\ud800")), "line 1: 'warm_prompt'")])
+        ("id", 7), ("answer", None), ("aliases", "x"), ("aliases", [1]),
+        ("warm_prompt", "\ud800")])])
 def test_bad_record(text, word, tmp_path):
     """A bad record is one line with file, place, and what a good file holds."""
     (tmp_path / "train.jsonl").write_text(text)
@@ -187,10 +186,19 @@ def test_bad_record(text, word, tmp_path):
     one_line(tmp_path, "train", f"{tmp_path}/train.jsonl", word, good)
 
 
+def test_text(tmp_path):
+    """A file may begin with a mark of its order of bytes, and U+2028 ends no line. What is not
+    UTF-8 is one line."""
+    path = tmp_path / "train.jsonl"
+    path.write_text("\ufeff" + json.dumps(own(answer="7\u20288"), ensure_ascii=False))
+    assert load(str(tmp_path), "train")[0].answer == "7\u20288"
+    path.write_bytes(b'{"id": "\xff"}')
+    one_line(tmp_path, "train", "train.jsonl", "utf-8")
+
+
 @pytest.mark.parametrize("answer, good", [
-    *((text, False) for text in ["", " ", "</think> 4", "4</think>", "\u200b", "...", " - ",
-                                 "\u2014", "\u3002", "$", "\u0301"]),
-    *((text, True) for text in ["7", "\u20ac", "\u221e", "\u7532", "\U0001f600", "no."])])
+    *((text, False) for text in ["", " ", "4</think>", "\u200b", "...", "$", "\u0301"]),
+    *((text, True) for text in ["7", "\u20ac", "\u7532", "\U0001f600", "no."])])
 def test_answer(answer, good, tmp_path):
     """An answer that nothing can match is an error in own records; benchmarks drop its row."""
     for name in ROWS.keys() - ({"finqa"} if answer == "4</think>" else set()):  # its gold is "4"
