@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads only wait
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: threads only wait
 
 import torch
 import tsallis_rl  # before transformers: it hides what breaks transformers
@@ -42,12 +42,6 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if "gpu" in item.keywords and config.option.markexpr != "gpu":
-            item.add_marker(pytest.mark.skip(reason="for a GPU: pytest -m gpu"))
-
-
 @pytest.fixture(autouse=True)
 def own_signals():
     """Outside of a run each signal is a KeyboardInterrupt."""
@@ -62,11 +56,10 @@ def program(argv) -> int:
 
 
 def launch(*argv, processes=2, script=tsallis_rl.__file__) -> subprocess.CompletedProcess:
-    """A script under torchrun, with one thread for each process."""
+    """A script under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={processes}", script, *argv]
-    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
-                          capture_output=True, text=True)
+    return subprocess.run(command, timeout=300, capture_output=True, text=True)
 
 
 def rows(run, name="metrics.jsonl") -> list[dict]:
@@ -133,11 +126,10 @@ def tiny(tmp_path_factory, lab):
     """A folder with a random model of 100 kB, over the lab model's tokens."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    shape = SHAPE | dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+    shape = SHAPE | dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=16,
                          num_attention_heads=2, initializer_range=0.5)
-    vocabulary = len(lab[1].tokenizer)
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, head_dim=16, **shape))
-    model.save_pretrained(folder)
+    shape["vocab_size"] = len(lab[1].tokenizer)
+    Qwen3ForCausalLM(Qwen3Config(**shape)).save_pretrained(folder)
     lab[1].tokenizer.save_pretrained(folder)
     return folder
 
