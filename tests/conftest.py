@@ -122,24 +122,19 @@ def lab():
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory, lab):
-    """A folder with a random model of 100 kB, over the lab model's tokens."""
-    folder = tmp_path_factory.mktemp("tiny")
+def small(tmp_path_factory, lab):
+    """A command line that takes a second, without --steps and --out. It trains a random model
+    of 100 kB, over the lab model's tokens."""
+    folder = str(tmp_path_factory.mktemp("tiny"))
     torch.manual_seed(0)
     shape = SHAPE | dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=16,
                          num_attention_heads=2, initializer_range=0.5)
     shape["vocab_size"] = len(lab[1].tokenizer)
     Qwen3ForCausalLM(Qwen3Config(**shape)).save_pretrained(folder)
     lab[1].tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def small(tiny):
-    """A command line for it that takes a second, without --steps and --out."""
-    return ["--rollout", "hf", "--model", str(tiny), "--M", "2", "--batch-size", "2",
-            "--limit", "4", "--eval-samples", "2", "--think-budget", "4",
-            "--answer-budget", "2", "--eval-every", "1", "--lr", "1e-3"]
+    return ["--rollout", "hf", "--model", folder, "--M", "2", "--batch-size", "2", "--limit", "4",
+            "--eval-samples", "2", "--think-budget", "4", "--answer-budget", "2",
+            "--eval-every", "1", "--lr", "1e-3"]
 
 
 @pytest.fixture(params=["qwen3", "llama"])
