@@ -25,8 +25,8 @@ def pool(random_model, lab, config):
 
 
 def test_sampler(random_model, lab, config):
-    """The sampler draws by the model's distribution and the row's own random numbers, with
-    prompts and responses of unequal lengths."""
+    """The sampler draws by the model's distribution and the row's own random numbers, whatever
+    shares its batch, with prompts and responses of unequal lengths."""
     begins = ((3, []), (9, [20, 21, 22]), (9, []), (5, [23]))
     asked = [([*range(6, 6 + n)], begun, n) for n, begun in begins]
     for budget in (8192, 20):  # one batch, or one for each row
@@ -38,15 +38,6 @@ def test_sampler(random_model, lab, config):
             token, plain = draw(logits[-len(ids) - 1:-1], uniform[:len(ids)])
             assert token.tolist() == ids
             torch.testing.assert_close(torch.tensor(log_p), plain, rtol=0, atol=1e-4)
-
-
-def test_sample_alone(pool, random_model, lab, config):
-    """A sample does not depend on what shares its batch, or on whether an answer follows."""
-    alone = HFRollouts(random_model, lab[1], config(token_budget=1))
-    for i, (prompt, rollouts) in enumerate(zip(*pool)):
-        for answer in (ANSWER, 0):
-            [again] = generate(alone, [prompt], [100 * i], M, THINK, answer)
-            assert [(r.z, r.y) for r in again] == [(r.z, r.y[:answer]) for r in rollouts]
 
 
 def test_budgets(pool, lab):
@@ -127,17 +118,14 @@ def test_untrained(pool, random_model, lab, config):
 
 
 def test_micro_batches(random_model, lab, config):
-    """Each row is in one batch, and a batch keeps its budget of trained tokens, where a
-    row's copy of the prompt's keys and values counts as trained tokens of equal size."""
+    """Each row is in one batch, and a batch keeps its budget of trained tokens. A row's copy of
+    the prompt's keys and values counts, too; test_fake_cuda.py has its size."""
     rollouts = [Rollout([7] * n, [], [8], [9]) for n in (3, 30, 7, 12, 1)]
     group, sizes = group_of(lab[1], list(range(6, 406)), rollouts, "grpo"), set()
     for budget in (32768, 1000, 600, 500, 1):
         shared = SharedPrompt(random_model, group.prompt, config(token_budget=budget))
-        D = random_model.config.head_dim
-        kept = 2 * (2 * 64 + 2 * 4 * D + 2 * (64 + 2 * D) + 3 * (64 + 96))
-        copy = -(-(2 * 2 * 2 * D * 399) // kept)  # keys and values, layers, heads
-        assert shared.copy_tokens() == copy >= 20
-        batches = micro_batches(shared, group, range(5))
+        batches, copy = micro_batches(shared, group, range(5)), shared.copy_tokens()
+        assert copy >= 20
         assert sorted(m for batch in batches for m in batch) == list(range(5))
         for batch in batches:
             longest = max(len(group.rollouts[m].ids) for m in batch)

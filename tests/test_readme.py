@@ -1,4 +1,4 @@
-"""The sizes of the files that people read, their imports, and the names in README.md."""
+"""The sizes of the files that people read, and the names in README.md."""
 import re
 from pathlib import Path
 
@@ -29,14 +29,6 @@ def test_sizes(name, kilobytes):
         assert sum(map(len, lines)) / len(lines) <= 60 * ROOM and max(map(len, lines)) <= 100
     else:  # a table may be wider
         assert all(len(line) <= 100 for line in lines if not line.startswith("|"))
-
-
-@pytest.mark.parametrize("name, later", [
-    ("data/files.py", "data|tsallis_rl|eval"), ("data/verifiers.py", "data|tsallis_rl|eval"),
-    ("data/__init__.py", "tsallis_rl|eval"), ("tsallis_rl.py", "eval")])
-def test_imports(name, later):
-    """Imports go one way: data, tsallis_rl, eval."""
-    assert not re.search(rf"^ *(from|import) ({later})\b", (ROOT / name).read_text(), re.M)
 
 
 def test_names():
