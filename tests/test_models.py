@@ -33,9 +33,6 @@ MODELS = {  # name: (settings, the reason why it cannot be trained)
     "Gemma2": (SHAPE | dict(head_dim=16), "softcap"),
     "Cohere": (SHAPE, "sampler and trainer differ"),
     "Falcon": (OLD, "cannot replace its attention"),
-    "GPTNeo": (OLD | dict(num_layers=2, attention_types=[[["global"], 2]]),
-               "cannot replace its attention"),
-    "Bloom": (OLD, "cannot replace its attention"),
     "Mamba": (OLD, "cannot replace its attention"),
     "T5": (dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4), "T5Config"),
 }
@@ -124,8 +121,8 @@ def test_end_of_turn(lab):
     assert template.text(template.gold("3")) == "3" == template.text(template.gold("3")[:-1])
     tokenizer.chat_template = CHAT.replace("<|im_end|>", " <|im_end|>")
     assert Template(tokenizer).end == turn
-    for other in (CHAT.replace("<|im_end|>", " END"), CHAT.replace("content'] }}", "x'] }}"), None):
-        tokenizer.chat_template = other  # no special token, a lost answer, no chat
+    for other in (CHAT.replace("<|im_end|>", " END"), None):  # no special token, no chat
+        tokenizer.chat_template = other
         assert Template(tokenizer).end == tokenizer.eos_token_id
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end token"):

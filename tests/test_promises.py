@@ -1,5 +1,4 @@
 """What a run promises: nothing is lost, nothing is overwritten, and an error is one line."""
-import json
 import os
 import resource
 import shutil
@@ -11,6 +10,7 @@ import pytest
 import torch
 import tsallis_rl
 from conftest import equal, program, rows, same, step_of, weights
+from data import LEDGER
 from data.files import UserError, open_folder
 from tsallis_rl import MAY_CHANGE, Config, parse
 
@@ -51,7 +51,7 @@ def fork(before, argv) -> int:
         try:
             before()
             os._exit(program(argv))
-        finally:
+        finally:  # a traceback
             os._exit(99)
     return os.waitpid(child, 0)[1]
 
@@ -95,7 +95,6 @@ def test_leftovers(run, whole):
             file.write('{"step": 3, "lo')
     (run / "last.new").mkdir()
     (run / "last.new" / "junk").write_text("junk")
-    shutil.copytree(run / "last", run / "last.old")
     others = ("metrics.jsonl.tmp", "config.json.tmp", "answers.jsonl", "last.txt")
     for name in others:
         (run / name).write_text('{"id": "mine"}\n')
@@ -188,14 +187,11 @@ def test_no_overwriting(place, small, run, tmp_path, capsys):
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_other_records(split, small, tmp_path, capsys):
     """Other records than those of the start are refused on resume."""
-    for name in ("train", "validation", "test"):
-        lines = [json.dumps({"id": f"{name}{i}", "warm_prompt": f"{i}?", "cold_prompt": f"{i}?",
-                             "answer": str(i)}) for i in range(4)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    data = shutil.copytree(LEDGER, tmp_path / "data", ignore=lambda *_: ["model"])
     out = tmp_path / "run"
-    assert program([*small, "--data", str(tmp_path), "--steps", "2", "--out", str(out)]) == 0
-    file = tmp_path / f"{split}.jsonl"
-    file.write_text(file.read_text().replace('"answer": "2"', '"answer": "3"'))
+    assert program([*small, "--data", str(data), "--steps", "2", "--out", str(out)]) == 0
+    lines = (data / f"{split}.jsonl").read_text().replace('"answer": "', '"answer": "1', 1)
+    (data / f"{split}.jsonl").write_text(lines)
     before = tree(out)
     capsys.readouterr()
     one_line(capsys, go_on(out), "records")
