@@ -44,14 +44,6 @@ def test_extreme_weights(q, log_w):
     assert (4 * b).max() <= 1 + 1e-6 and b[log_w.argmax()] == b.max()
 
 
-def test_leave_one_out():
-    """The baseline keeps its digits where one weight dominates."""
-    a, _ = garl_coefficients(torch.tensor([0.0, -80.0, -81.0], dtype=torch.float64), 0.5)
-    others = (math.exp(-80) + math.exp(-81)) / 2  # 1 + others - 1 would be 0
-    wbar = (1 + 2 * others) / 3
-    assert a[0].item() * 3 * 3**0.5 == pytest.approx(wbar**-0.5 - others**0.5, rel=1e-12)
-
-
 def test_resample():
     """The draw has K rationales by likelihood, and repeats itself with its seed."""
     log_w, K = torch.tensor([[-1.0, -2.0, -3.0], [-1e4, -1e4, -9990.0], [-1e4] * 3]), 200_000

@@ -4,7 +4,6 @@ import os
 import resource
 import signal
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import pytest
 
@@ -62,40 +61,14 @@ def test_write_text(tmp_path, monkeypatch):
     assert synced == [True, False], "first the text, later its name"
 
 
-def fill(text):
-    """What writes two files into a folder."""
-    return lambda folder: [(folder / name).write_text(text) for name in "ab"]
-
-
-def whole(folder, text):
-    """Whether a folder holds both files with this text."""
-    return all((folder / n).exists() and (folder / n).read_text() == text for n in "ab")
-
-
-@pytest.mark.parametrize("left", [(), ("last",), ("last.old",), ("last", "last.old", "last.new")])
-def test_kill_while_replacing(left, tmp_path, monkeypatch):
-    """Killed before any rename or removal, the folder is whole, or missing and its .old is."""
-    last, old, moments = tmp_path / "last", tmp_path / "last.old", []
-    for name in left:
-        (tmp_path / name).mkdir()
-        fill("before" if name == left[0] else "long ago")(tmp_path / name)
-
-    def watch(module, name):
-        """Before each call, see what a kill at this moment would leave."""
-        real = getattr(module, name)
-
-        def call(*arguments, **more):
-            found = last if last.exists() else old
-            moments.append(not left or whole(found, "before") or whole(found, "after"))
-            return real(*arguments, **more)
-        monkeypatch.setattr(module, name, call)
-
-    for module, name in [(Path, "rename"), (os, "unlink"), (os, "rmdir"), (os, "fsync")]:
-        watch(module, name)
-    files.write_folder(last, fill("after"))
-    monkeypatch.undo()
-    assert all(moments) and len(moments) >= 5
-    assert os.listdir(tmp_path) == ["last"] and whole(last, "after")
+def test_write_folder(tmp_path, monkeypatch):
+    """The files of a new folder are on the disk before it takes the place of the old one."""
+    synced, last = [], tmp_path / "last"
+    for text in ("old", "new"):
+        files.write_folder(last, lambda folder: (folder / "text").write_text(text))
+        monkeypatch.setattr(files, "sync", lambda path: synced.append(path.name))
+    assert synced == ["text", "last.new", tmp_path.name]
+    assert os.listdir(tmp_path) == ["last"] and (last / "text").read_text() == "new"
 
 
 @pytest.mark.parametrize("error, line, code", [

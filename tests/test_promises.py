@@ -70,13 +70,17 @@ def die_at(count):
             return real(*args, **settings)
         setattr(owner, name, call)
 
-    for owner, name in ((os, "replace"), (os, "rename"), (os, "mkdir"), (shutil, "rmtree"),
-                        (torch, "save"), (tsallis_rl, "append_jsonl")):
-        deadly(owner, name)
+    for name in ("replace", "rename", "mkdir", "unlink", "rmdir"):
+        deadly(os, name)
+    deadly(torch, "save")
+    deadly(tsallis_rl, "append_jsonl")
 
 
-def test_kill(run, whole, tmp_path):
-    """A kill at any moment loses nothing: the resumed run is the whole one, bit for bit."""
+@pytest.mark.parametrize("last", ["last", "last.old"])
+def test_kill(last, run, whole, tmp_path):
+    """A kill at any moment loses nothing: the resumed run is the whole one, bit for bit. So it
+    is where an earlier kill has left the last checkpoint under its other name."""
+    (run / "last").rename(run / last)
     for count in range(99):
         copy = shutil.copytree(run, tmp_path / str(count))
         status = fork(lambda: die_at(count), ["--resume", str(copy), "--steps", "3"])
@@ -125,14 +129,12 @@ def test_signal(name, small, whole, tmp_path, monkeypatch, capsys):
     assert step_of(out) == 2 and go_on(out) == 0 and equal(weights(out), weights(whole))
 
 
-def test_nohup(small, tmp_path, monkeypatch):
+def test_nohup():
     """Under nohup a hang-up stays ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    real = tsallis_rl.train_step
-    monkeypatch.setattr(tsallis_rl, "train_step", lambda run, step: signal.raise_signal(
-        signal.SIGHUP) or real(run, step))
-    assert program([*small, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
-    assert len(rows(tmp_path / "run")) == 3 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    with tsallis_rl.stop_signals() as stop:
+        signal.raise_signal(signal.SIGHUP)
+    assert not stop and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_full_disk(run, whole, capfd):

@@ -57,16 +57,15 @@ def test_stop(lab):
 def test_prompt_limit(lab, config):
     """A prompt over the limit is dropped whole, keeps its place, and one of the limit stays."""
     records = [Record(str(i), "item " * n, "item", "5") for i, n in enumerate((1, 30, 2))]
-    a, c, b = [len(lab[1].prompt(record.warm_prompt)) for record in records]
-    for limit, kept in ((b, "02"), (b - 1, "0"), (a, "0"), (c, "012"), (c - 1, "02")):
-        examples = encode(records, config(prompt_limit=limit), lab[1], lab[0], training=True)
-        assert [record for record, _ in examples] == records
-        assert "".join(record.id for record, prompt in examples if prompt) == kept
-        assert all(ids in ([], lab[1].prompt(r.warm_prompt)) for r, ids in examples)
-    cold = encode(records, config(prompt_limit=b, start="cold"), lab[1], lab[0], training=True)
-    assert all(ids == lab[1].prompt("item") for _, ids in cold)
+    short, long, middle = prompts = [lab[1].prompt(record.warm_prompt) for record in records]
+    fitting = lambda **settings: encode(records, config(**settings), lab[1], lab[0], True)
+    for limit, kept in ((len(middle), [short, [], middle]), (len(middle) - 1, [short, [], []]),
+                        (len(long), prompts), (len(long) - 1, [short, [], middle])):
+        assert fitting(prompt_limit=limit) == list(zip(records, kept))
+    cold = fitting(prompt_limit=len(middle), start="cold")
+    assert [ids for _, ids in cold] == [lab[1].prompt("item")] * 3
     with pytest.raises(UserError, match="3 tokens"):
-        encode(records, config(prompt_limit=3), lab[1], lab[0], training=True)
+        fitting(prompt_limit=3)
 
 
 def test_room(lab, config):

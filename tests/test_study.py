@@ -137,10 +137,3 @@ def test_run_repeats(tmp_path, monkeypatch):
     assert one["exit"] == 0 and one["metrics"] == two["metrics"]
     log_P = one["metrics"]["log_P"]
     assert len(log_P) == 3 and study.first(log_P) == log_P[1]
-
-
-def test_gain():
-    """The gain over the base model is averaged over the seeds, row by row."""
-    ours, base = ([{"rows": {"maj@16": row}} for row in some]
-                  for some in ([[1, 1], [0, 1]], [[0, 0]]))
-    assert study.gain(ours, base) == "+75.0 [+50.0, +100.0]" and study.gain(base, []) == "-"
