@@ -1,8 +1,5 @@
-"""Small real models and helpers. No test needs a GPU or the Hub.
-
-A GPU is hidden, so that the tests do the same on every machine. `pytest -m gpu` shows it
-and runs only the tests for it.
-"""
+"""Small real models and helpers. No test needs the Hub. A GPU is hidden, so that the tests do
+the same on every machine; `pytest -m gpu` shows it and runs only the tests for it."""
 import json
 import os
 import signal
@@ -123,8 +120,7 @@ def lab():
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory, lab):
-    """A command line that takes a second, without --steps and --out. It trains a random model
-    of 100 kB, over the lab model's tokens."""
+    """A command line that trains a random model of 100 kB, without --steps and --out."""
     folder = str(tmp_path_factory.mktemp("tiny"))
     torch.manual_seed(0)
     shape = SHAPE | dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=16,
@@ -139,8 +135,7 @@ def small(tmp_path_factory, lab):
 
 @pytest.fixture(params=["qwen3", "llama"])
 def random_model(request, lab):
-    """A random model over the lab model's tokens. Its log-probabilities differ widely, and
-    some of its rationales end."""
+    """A random model with widely different log-probabilities. Some of its rationales end."""
     torch.manual_seed(0)
     shape = SHAPE | dict(vocab_size=lab[0].config.vocab_size, attn_implementation="lower_right")
     if request.param == "qwen3":

@@ -158,8 +158,8 @@ def test_folder(tmp_path):
 
 
 def test_own(tmp_path):
-    """Own records are read as they are, but the gold is stripped, and a mark of the order of
-    bytes. Validation may not be part of train, and a split needs enough questions."""
+    """Own records are read as they are. Validation may not be part of train, and a split needs
+    enough questions."""
     path = write(tmp_path / "train.jsonl", [own(1, " 7\n", aliases=["\u2028"]), own(2)])
     path.write_text("\ufeff" + path.read_text().replace(r"\u2028", "\u2028"))
     first, second = load(str(tmp_path), "train")

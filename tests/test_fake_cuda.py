@@ -1,9 +1,8 @@
 """The path on a GPU, run without one: the kernels that Qwen3-0.6B takes, and its memory.
 
 `group_gradient` runs with fake tensors: they have shapes, types and storages, but no numbers.
-They say that they are on a GPU. The trace follows every storage and every operator.
-It does not show whether the kernels work and how fast they are, memory lost to fragmentation,
-NCCL between several cards, or vLLM's engine with its own share of the card.
+They say that they are on a GPU. A trace does not show whether the kernels work, how fast they
+are, memory lost to fragmentation, or vLLM's engine with its own share of the card.
 """
 import math
 import weakref

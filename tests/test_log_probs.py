@@ -78,28 +78,22 @@ def test_gradient_of_equal_rationales(pool, random_model, lab, config):
 
 
 @pytest.mark.parametrize("budget", (32768, 60))
-def test_gradient_in_bfloat16(budget, pool, random_model, lab, config):
-    """Under autocast each parameter gets its gradient, to the digits of bfloat16."""
-    group = group_of(lab[1], pool[0][0], pool[1][0])
+def test_bfloat16(budget, pool, random_model, lab, config):
+    """Sampler and trainer compute in bfloat16. Each parameter gets its gradient, in its digits."""
+    group, seen = group_of(lab[1], pool[0][0], pool[1][0]), set()
     settings = config(method="garl", q=0.5, M=M, batch_size=3, token_budget=budget)
     plain_w, plain = plain_gradient(random_model, group, settings)
-    log_w, _ = group_gradient(random_model, group, dataclasses.replace(settings, dtype="bfloat16"))
+    settings = dataclasses.replace(settings, dtype="bfloat16")
+    layer = random_model.base_model.layers[1].mlp.down_proj
+    layer.register_forward_hook(lambda _, inputs, out: seen.add(out.dtype))
+    generate(HFRollouts(random_model, lab[1], settings), pool[0], [0, 1, 2], 2, 4, 2)
+    assert seen == {torch.bfloat16}
+    log_w, _ = group_gradient(random_model, group, settings)
+    assert seen == {torch.bfloat16}
     assert (log_w - plain_w).abs().max() < 0.5  # a wrong mask or position is off by nats
     assert error(random_model, plain) < 0.1
     for p, g in zip(random_model.parameters(), plain):
         assert p.dtype == torch.float32 and (p.grad - g).norm() < 0.3 * g.norm()
-
-
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-def test_dtype_of_matrices(dtype, pool, random_model, lab, config):
-    """--dtype is the arithmetic of sampler, prompt and responses."""
-    seen, settings = set(), config(method="garl", M=M, dtype=dtype)
-    layer = random_model.base_model.layers[1].mlp.down_proj
-    layer.register_forward_hook(lambda _, inputs, out: seen.add(out.dtype))
-    generate(HFRollouts(random_model, lab[1], settings), pool[0], [0, 1, 2], 2, 4, 2)
-    assert seen == {getattr(torch, dtype)}
-    group_gradient(random_model, group_of(lab[1], pool[0][0], pool[1][0]), settings)
-    assert seen == {getattr(torch, dtype)}
 
 
 def test_untrained(pool, random_model, lab, config):

@@ -30,8 +30,7 @@ def test_log(table):
 
 
 def test_numbers_of_the_readme(capsys):
-    """Every range and every series of numbers in a table of the findings is a printed one, and
-    the figures are there."""
+    """The figures are there, and all ranges and series of numbers in the tables are printed."""
     study.print_gate()
     for table in ("cold", "warm", "noise", "schedule"):
         study.print_learning(table)
@@ -69,11 +68,10 @@ def test_gated_schedule(monkeypatch):
 
 
 def test_escape():
-    """A start is passed when log P has come half of its way to 0. The start's log P is in row 0
-    of older logs and in row 1 of newer ones. In a median None, never, comes last."""
+    """A start is passed when log P has come half of its way to 0. Never comes last in a median."""
     for log_P, step in (([-40, -30, -20.0, -19.9, -30], 3), ([None, -40, -20.0, -19.9], 3),
                         ([-40, -39, None, -41], None)):
-        assert study.escape({"metrics": {"log_P": log_P}}) == step
+        assert study.escape({"metrics": {"log_P": log_P}}) == step  # older logs have it in row 0
     assert study.median([3, None, 5]) == 5 and study.median([3, None, None]) is None
 
 

@@ -97,9 +97,8 @@ def test_seeds(engines):
 
 
 def test_noise(engines):
-    """An answer does not repeat the noise of its rationale, and noise is the seed's alone. With
-    weights of 0 every token has the same distribution, so the ids are the noise."""
-    engines.change(torch.zeros_like)
+    """An answer does not repeat the noise of its rationale, and noise is the seed's alone."""
+    engines.change(torch.zeros_like)  # all distributions are one, so the ids are the noise
     engines.vllm.sync(engines.model)
     pairs = [pair for _, r in engines.sample() for pair in zip(r.z, r.y)]
     assert sum(a == b for a, b in pairs) < 0.3 * len(pairs)
