@@ -2,9 +2,11 @@
 the same on every machine; `pytest -m gpu` shows it and runs only the tests for it."""
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,9 +26,6 @@ from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2)
-QWEN3 = dict(vocab_size=151936, num_hidden_layers=28, hidden_size=1024, intermediate_size=3072,
-             num_attention_heads=16, num_key_value_heads=8, head_dim=128,
-             tie_word_embeddings=True, max_position_embeddings=40960)  # Qwen3-0.6B
 SMALL = ["--rollout", "hf", "--M", "4", "--batch-size", "2", "--limit", "24",
          "--eval-every", "2", "--eval-samples", "4"]  # of the lab model
 CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -47,9 +46,12 @@ def own_signals():
 
 
 # --- Programs and what they write -----------------------------------------------------
-def program(argv) -> int:
-    """Train in this process. Returns the exit code."""
-    return tsallis_rl.exit_code(lambda: tsallis_rl.main(argv))
+def program(argv, main=tsallis_rl.main) -> int:
+    """Train, or run another `main`, in this process. Returns the exit code."""
+    try:
+        return tsallis_rl.exit_code(lambda: main(argv))
+    except SystemExit as end:  # argparse's
+        return end.code
 
 
 def launch(*argv, processes=2, script=tsallis_rl.__file__) -> subprocess.CompletedProcess:
@@ -63,6 +65,24 @@ def rows(run, name="metrics.jsonl") -> list[dict]:
     """The rows of a log, without wall-clock times."""
     lines = [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
     return [{k: v for k, v in row.items() if "second" not in k} for row in lines]
+
+
+def tree(folder) -> dict:
+    """Every file and what it holds. The lock holds nothing."""
+    return {p: p.is_file() and p.read_bytes() for p in Path(folder).rglob("*") if p.name != "lock"}
+
+
+@contextmanager
+def full_disk(size):
+    """No file may grow beyond this number of bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then write() fails with EFBIG
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def weights(run, name="last") -> dict:

@@ -6,12 +6,11 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from conftest import rows
+from conftest import program, rows, tree
 
 import data
 import eval as evaluation
 import tsallis_rl
-from data.files import exit_code
 from eval import main, parse, run_of
 
 
@@ -93,7 +92,7 @@ def test_table(questions, capsys):
 
 def test_no_overwriting(questions):
     """A finished evaluation is refused, before the sampling."""
-    codes = [exit_code(lambda: main(["--model", "m", "--data", "."])) for _ in range(2)]
+    codes = [program(["--model", "m", "--data", "."], main) for _ in range(2)]
     assert codes == [0, 2] and len(questions) == 1 and len(list(Path(".").glob("eval-*"))) == 1
 
 
@@ -109,14 +108,10 @@ def test_bad_input(arguments, questions, capsys):
         os.makedirs(f"{name}/bad")
         Path(name, "metrics.jsonl").write_text(row + "\n")
     Path("run/config.json").write_text("{")
-    before = {path: path.is_file() and path.read_bytes() for path in Path(".").rglob("*")}
-    try:
-        code = exit_code(lambda: main(arguments.split()))
-    except SystemExit as end:  # argparse's
-        code = end.code
-    error = capsys.readouterr().err
+    before = tree(".")
+    code, error = program(arguments.split(), main), capsys.readouterr().err
     assert code == 2 and error.count("\n") == 1 and not questions, error
-    assert before == {path: path.is_file() and path.read_bytes() for path in Path(".").rglob("*")}
+    assert tree(".") == before
 
 
 def test_figure(trained, tmp_path):

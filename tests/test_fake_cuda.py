@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.attention.bias as bias
 import torch.nn.functional as F
-from conftest import QWEN3
+from bench import QWEN3
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves

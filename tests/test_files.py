@@ -1,27 +1,13 @@
 """What a kill, a full disk or an error may do to single files and folders."""
 import math
 import os
-import resource
-import signal
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
+from conftest import full_disk
 
 from data import files
 from data.files import UserError
-
-
-@contextmanager
-def full_disk():
-    """No file may grow beyond 100 bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then write() fails with EFBIG
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("tail", ["", '{"st', '{"step": 3}', '{"x": "\u00e4'])
@@ -50,7 +36,7 @@ def test_write_text(tmp_path, monkeypatch):
     path, other, synced = tmp_path / "text", tmp_path / "text.tmp", []
     other.write_text("not ours")
     files.write_text(path, "old")
-    with pytest.raises(UserError, match="text: File too large"), full_disk():
+    with pytest.raises(UserError, match="text: File too large"), full_disk(100):
         files.write_text(path, "new" * 100)
     assert sorted(os.listdir(tmp_path)) == ["text", "text.tmp"]
     assert path.read_text() == "old" and other.read_text() == "not ours"

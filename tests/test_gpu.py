@@ -10,7 +10,8 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import QWEN3, rows
+from bench import QWEN3
+from conftest import rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 

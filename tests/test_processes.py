@@ -5,10 +5,9 @@ from pathlib import Path
 import eval
 import pytest
 import tsallis_rl
-from conftest import difference, launch, program, rows
+from conftest import SMALL, difference, launch, program, rows
 
-SETTINGS = ["--rollout", "hf", "--M", "4", "--batch-size", "4", "--limit", "24", "--eval-every",
-            "2", "--eval-samples", "4", "--eps", "1e-6"]
+SETTINGS = [*SMALL, "--batch-size", "4", "--eps", "1e-6"]
 METHODS = {"garl": ["--method", "garl", "--token-budget", "120"],  # not the same number of passes
            "paft": ["--method", "paft", "--K", "1"],
            "grpo": ["--method", "grpo"],  # a process may have no gradient at all

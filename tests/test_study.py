@@ -1,5 +1,4 @@
 """The study: its commands, logs, tables and figures, and what data/results/README.md says."""
-import math
 import re
 import shlex
 from dataclasses import replace
@@ -42,15 +41,6 @@ def test_numbers_of_the_readme(capsys):
     claims += re.findall(r"\d of 13", "\n".join(rows))
     assert len(claims) > 60 and [claim for claim in claims if claim not in printed] == []
     assert all((study.RESULTS / name).is_file() for name in re.findall(r"\]\((\w+.png)\)", README))
-
-
-@pytest.mark.parametrize("q, exact", [
-    (0, lambda u: 2 * math.log(u / (1 - u)) - 1 / u + 1 / (1 - u)),
-    (1, lambda u: math.log(u / (1 - u)) + 1 / (1 - u))])
-def test_escape_time(q, exact):
-    """The sum for T_q agrees with the integral (15) in closed form."""
-    for p0 in (1e-6, 0.1):
-        assert study.escape_time(p0, q) == pytest.approx(exact(0.5) - exact(p0), rel=1e-3)
 
 
 def test_gated_schedule(monkeypatch):
