@@ -109,7 +109,6 @@ def test_limits_of_a_model(changes, words, saved, small, tmp_path, capsys):
     assert not words or (words in error and error.count("\n") == 1)
 
 
-# --- Tokenizers and records ---------------------------------------------------------------
 def test_end_of_turn(lab):
     """The end token is what the chat template puts after an answer, or else eos."""
     tokenizer = plain_template().tokenizer

@@ -74,11 +74,6 @@ def test_two_processes(method, runs):
     assert json.loads((two / "config.json").read_text())["settings"]["eps"] == 1e-6
 
 
-def test_print(runs):
-    """One of several prints."""
-    assert runs[1].count("step   4 |") == 3 and runs[1].count("of 4 steps done") == 3
-
-
 def test_ends(runs):
     """A signal to one makes all stop and save. The death of one is an error and not a hang."""
     assert [row["step"] for row in rows(runs[0] / "stopped")] == [0, 1]
@@ -87,7 +82,8 @@ def test_ends(runs):
     assert (runs[0] / "died" / "last" / "trainer.pt").is_file()
 
 
-def test_eval(runs):
-    """An evaluation by two prints and writes once, what one writes."""
+def test_print(runs):
+    """One of several prints. Two write the same evaluation as one, and once."""
+    assert runs[1].count("step   4 |") == 3 and runs[1].count("of 4 steps done") == 3
     assert runs[1].count("| rule |") == 1
     assert (runs[0] / "one.jsonl").read_bytes() == (runs[0] / "two.jsonl").read_bytes()
