@@ -87,7 +87,6 @@ def test_bfloat16(budget, pool, random_model, lab, config):
     layer = random_model.base_model.layers[1].mlp.down_proj
     layer.register_forward_hook(lambda _, inputs, out: seen.add(out.dtype))
     generate(HFRollouts(random_model, lab[1], settings), pool[0], [0, 1, 2], 2, 4, 2)
-    assert seen == {torch.bfloat16}
     log_w, _ = group_gradient(random_model, group, settings)
     assert seen == {torch.bfloat16}
     assert (log_w - plain_w).abs().max() < 0.5  # a wrong mask or position is off by nats

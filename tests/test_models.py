@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import transformers as hf
@@ -13,9 +14,7 @@ from data.files import UserError
 from tsallis_rl import HFRollouts, Template, check_sampler, encode, generate, group_gradient
 
 CPU = torch.device("cpu")
-SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2,
-             pad_token_id=None, bos_token_id=None, eos_token_id=486)
+SHAPE = conftest.SHAPE | dict(pad_token_id=None, bos_token_id=None, eos_token_id=486)
 EXPERTS = SHAPE | dict(moe_intermediate_size=16, num_experts_per_tok=2)
 OLD = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_heads=4)
 MODELS = {  # name: (settings, the reason why it cannot be trained)
