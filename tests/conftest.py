@@ -1,13 +1,12 @@
-"""Small real models and helpers. No test needs a GPU or the Hub.
-
-A GPU is hidden, so that the tests do the same on every machine. `pytest -m gpu` shows it
-and runs only the tests for it.
-"""
+"""Small real models and helpers. No test needs the Hub. A GPU is hidden, so that the tests do
+the same on every machine; `pytest -m gpu` shows it and runs only the tests for it."""
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads only wait
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: threads only wait
 
 import torch
 import tsallis_rl  # before transformers: it hides what breaks transformers
@@ -39,12 +38,6 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if "gpu" in item.keywords and config.option.markexpr != "gpu":
-            item.add_marker(pytest.mark.skip(reason="for a GPU: pytest -m gpu"))
-
-
 @pytest.fixture(autouse=True)
 def own_signals():
     """Outside of a run each signal is a KeyboardInterrupt."""
@@ -53,23 +46,43 @@ def own_signals():
 
 
 # --- Programs and what they write -----------------------------------------------------
-def program(argv) -> int:
-    """Train in this process. Returns the exit code."""
-    return tsallis_rl.exit_code(lambda: tsallis_rl.main(argv))
+def program(argv, main=tsallis_rl.main) -> int:
+    """Train, or run another `main`, in this process. Returns the exit code."""
+    try:
+        return tsallis_rl.exit_code(lambda: main(argv))
+    except SystemExit as end:  # argparse's
+        return end.code
 
 
 def launch(*argv, processes=2, script=tsallis_rl.__file__) -> subprocess.CompletedProcess:
-    """A script under torchrun, with one thread for each process."""
+    """A script under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={processes}", script, *argv]
-    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
-                          capture_output=True, text=True)
+    return subprocess.run(command, timeout=300, capture_output=True, text=True)
 
 
 def rows(run, name="metrics.jsonl") -> list[dict]:
     """The rows of a log, without wall-clock times."""
     lines = [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
     return [{k: v for k, v in row.items() if "second" not in k} for row in lines]
+
+
+def tree(folder) -> dict:
+    """Every file and what it holds. The lock holds nothing."""
+    return {p: p.is_file() and p.read_bytes() for p in Path(folder).rglob("*") if p.name != "lock"}
+
+
+@contextmanager
+def full_disk(size):
+    """No file may grow beyond this number of bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then write() fails with EFBIG
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def weights(run, name="last") -> dict:
@@ -83,12 +96,21 @@ def difference(one, two) -> float:
     return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
+def equal(a: dict, b: dict) -> bool:
+    """Whether the parameters are the same, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def same(one, two) -> bool:
     """Whether two runs are one: logs and checkpoints, bit for bit."""
-    pairs = [(weights(one, name), weights(two, name)) for name in ("last", "best")]
-    return (all(rows(one, name) == rows(two, name) for name in ("metrics.jsonl", "samples.jsonl"))
-            and all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-                    for a, b in pairs))
+    logs = ("metrics.jsonl", "samples.jsonl")
+    return (all(rows(one, name) == rows(two, name) for name in logs)
+            and all(equal(weights(one, name), weights(two, name)) for name in ("last", "best")))
+
+
+def step_of(run, name="last") -> int:
+    """The step of a checkpoint."""
+    return torch.load(Path(run) / name / "trainer.pt", weights_only=True)["step"]
 
 
 # --- Models and templates ---------------------------------------------------------------
@@ -117,31 +139,23 @@ def lab():
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory, lab):
-    """A folder with a random model of 100 kB, over the lab model's tokens."""
-    folder = tmp_path_factory.mktemp("tiny")
+def small(tmp_path_factory, lab):
+    """A command line that trains a random model of 100 kB, without --steps and --out."""
+    folder = str(tmp_path_factory.mktemp("tiny"))
     torch.manual_seed(0)
-    shape = SHAPE | dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+    shape = SHAPE | dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=16,
                          num_attention_heads=2, initializer_range=0.5)
-    vocabulary = len(lab[1].tokenizer)
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, head_dim=16, **shape))
-    model.save_pretrained(folder)
+    shape["vocab_size"] = len(lab[1].tokenizer)
+    Qwen3ForCausalLM(Qwen3Config(**shape)).save_pretrained(folder)
     lab[1].tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def small(tiny):
-    """A command line for it that takes a second, without --steps and --out."""
-    return ["--rollout", "hf", "--model", str(tiny), "--M", "2", "--batch-size", "2",
-            "--limit", "4", "--eval-samples", "2", "--think-budget", "4",
-            "--answer-budget", "2", "--eval-every", "1", "--lr", "1e-3"]
+    return ["--rollout", "hf", "--model", folder, "--M", "2", "--batch-size", "2", "--limit", "4",
+            "--eval-samples", "2", "--think-budget", "4", "--answer-budget", "2",
+            "--eval-every", "1", "--lr", "1e-3"]
 
 
 @pytest.fixture(params=["qwen3", "llama"])
 def random_model(request, lab):
-    """A random model over the lab model's tokens. Its log-probabilities differ widely, and
-    some of its rationales end."""
+    """A random model with widely different log-probabilities. Some of its rationales end."""
     torch.manual_seed(0)
     shape = SHAPE | dict(vocab_size=lab[0].config.vocab_size, attn_implementation="lower_right")
     if request.param == "qwen3":

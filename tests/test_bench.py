@@ -1,17 +1,15 @@
-"""The benchmark runs and reports what it promises, at a size that takes seconds."""
+"""bench.py runs and reports what it promises, at a size that takes seconds."""
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-BENCH = str(Path(__file__).with_name("bench.py"))
+import bench
 
 
-def test_it_reports_phases_memory_and_share_of_every_shape():
-    argv = ["--repeats", "1", "--prompt", "40", "80", "--response", "8", "--M", "4"]
-    done = subprocess.run([sys.executable, BENCH, *argv], capture_output=True, text=True)
+def test_report():
+    """Times and memory of every step and their medians are printed."""
+    argv = ["--repeats", "1", "--prompt", "40", "--think-budget", "8", "--M", "4"]
+    done = subprocess.run([sys.executable, bench.__file__, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = re.findall(r"prompt (\d+), response 8, M 4, hf: medians of 1: rollout ([\d.]+) s, "
-                       r"train ([\d.]+) s, peak ([\d.]+) GiB, ([\d.]+)%", done.stdout)
-    assert [row[0] for row in found] == ["40", "80"]
-    assert all(0 < float(row[3]) and 0 < float(row[4]) <= 100 for row in found)
+    found = re.findall(r"rollout [\d.]+ s, train [\d.]+ s, peak ([\d.]+) GiB", done.stdout)
+    assert len(found) == 3 and "medians" in done.stdout and float(found[-1]) > 0

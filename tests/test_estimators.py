@@ -1,37 +1,23 @@
-"""The estimators as functions. What the paper says of them is in test_theory.py."""
+"""The estimators where numbers underflow or cancel. Their formulas are in test_theory.py."""
 import math
 
 import pytest
 import torch
 
-from tsallis_rl import (garl_coefficients, grpo_coefficients, log_q, paft_coefficients,
-                        resample, tsallis_loss)
+from tsallis_rl import garl_coefficients, log_q, paft_coefficients, resample, tsallis_loss
 
 QS = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-def near(values, rel=1e-12):
-    return pytest.approx(values, rel=rel)
-
-
-def test_grpo():
-    """GRPO's advantages are standardised rewards, and exactly 0 where all rewards agree."""
-    a, b = grpo_coefficients(torch.tensor([[0.0, 0, 0], [1, 1, 1], [1, 0, 0]]))
-    std = math.sqrt(1 / 3)
-    assert torch.equal(a, b) and not a[:2].any()
-    assert a[2].tolist() == near([2 / 3 / std / 3, -1 / 3 / std / 3, -1 / 3 / std / 3], 1e-6)
 
 
 def test_log_q():
     """The q-logarithm is log at q = 1, does not cancel beside it, and is -l_q elsewhere."""
     u = torch.tensor([1e-300, 1e-6, 0.3, 1.0], dtype=torch.float64)
-    assert torch.equal(log_q(u, 1.0), u.log()) and log_q(0.5, 0.0).item() == near(-0.5)
+    assert torch.equal(log_q(u, 1.0), u.log()) and log_q(0.5, 0.0).item() == -0.5
     for q in (1 - 1e-12, 1 - 1e-14):
         torch.testing.assert_close(log_q(u, q), u.log(), rtol=1e-9, atol=0)
     for q in QS[:-1]:
         plain = (u ** (1 - q) - 1) / (1 - q)
         torch.testing.assert_close(log_q(u, q), plain, rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(tsallis_loss(u.log(), q), -plain, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("q", QS + (1 - 1e-12,))
@@ -41,21 +27,8 @@ def test_loss_gradient(q):
     loss = tsallis_loss(log_P, q)
     loss.sum().backward()
     assert loss.isfinite().all() and loss[2] == 0
-    assert log_P.grad.tolist() == near([-math.exp((1 - q) * x) for x in (-1e4, -13.0, 0.0)], 1e-9)
-
-
-@pytest.mark.parametrize("q", QS)
-def test_formulas(q):
-    """The coefficients are the paper's, written out."""
-    w, n, K = [0.5, 0.1, 0.02, 0.3], [2.0, 0.0, 1.0, 3.0], 6
-    M, wbar = len(w), sum(w) / len(w)
-    c = [x / wbar**q - ((sum(w) - x) / (M - 1)) ** (1 - q) for x in w]  # (12)
-    log_w = torch.tensor(w, dtype=torch.float64).log()
-    a, b = garl_coefficients(log_w, q)
-    assert a.tolist() == near([x / (M * M**q) for x in c])
-    assert b.tolist() == near([x / wbar**q / (M * M**q) for x in w])
-    a, b = paft_coefficients(log_w, q, torch.tensor(n, dtype=torch.float64))
-    assert torch.equal(a, b) and a.tolist() == near([wbar ** (1 - q) * k / (K * M**q) for k in n])
+    exact = [-math.exp((1 - q) * x) for x in (-1e4, -13.0, 0.0)]
+    assert log_P.grad.tolist() == pytest.approx(exact, rel=1e-9)
 
 
 @pytest.mark.parametrize("q", QS)
@@ -68,14 +41,6 @@ def test_extreme_weights(q, log_w):
     for x in (a, b, *paft_coefficients(log_w, q, resample(log_w, 4))):
         assert x.isfinite().all() and x.shape == log_w.shape and not x.requires_grad
     assert (4 * b).max() <= 1 + 1e-6 and b[log_w.argmax()] == b.max()
-
-
-def test_leave_one_out():
-    """The baseline keeps its digits where one weight dominates."""
-    a, _ = garl_coefficients(torch.tensor([0.0, -80.0, -81.0], dtype=torch.float64), 0.5)
-    others = (math.exp(-80) + math.exp(-81)) / 2  # 1 + others - 1 would be 0
-    wbar = (1 + 2 * others) / 3
-    assert a[0].item() * 3 * 3**0.5 == near(wbar**-0.5 - others**0.5)
 
 
 def test_resample():

@@ -1,9 +1,8 @@
 """The path on a GPU, run without one: the kernels that Qwen3-0.6B takes, and its memory.
 
 `group_gradient` runs with fake tensors: they have shapes, types and storages, but no numbers.
-They say that they are on a GPU. The trace follows every storage and every operator.
-It does not show whether the kernels work and how fast they are, memory lost to fragmentation,
-NCCL between several cards, or vLLM's engine with its own share of the card.
+They say that they are on a GPU. A trace does not show whether the kernels work, how fast they
+are, memory lost to fragmentation, or vLLM's engine with its own share of the card.
 """
 import math
 import weakref
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.nn.attention.bias as bias
 import torch.nn.functional as F
+from bench import QWEN3
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -22,19 +22,7 @@ import tsallis_rl
 from tsallis_rl import Config, Group, Rollout, group_gradient, resolve
 
 aten = torch.ops.aten
-LAYERS, VOCABULARY = 28, 151936
-QWEN3 = dict(vocab_size=VOCABULARY, num_hidden_layers=LAYERS, hidden_size=1024,
-             intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
-             tie_word_embeddings=True, max_position_embeddings=40960)
-
-# The README's rule. A parameter: 4 weight, 4 gradient, 8 AdamW, 2 the copy in bfloat16.
-BYTES_A_PARAMETER, ADAMW, FIXED, BYTES_A_TOKEN, COPY = 18, 8, 2e9, 2.4e6, 1 / 22
-
-CASES = (  # tokens of the prompt, tokens of each response, (rows, tokens) of the micro-batches
-    pytest.param(1000, [3968, 16], [(1, 3968), (1, 16)], id="a full FinQA response"),
-    pytest.param(1024, [896] * 8, [(7, 896), (1, 896)], id="a full budget"),
-    pytest.param(2300, [184] * 32, [(19, 184), (13, 184)], id="short responses, long prompt"),
-)
+LAYERS, VOCABULARY = QWEN3["num_hidden_layers"], QWEN3["vocab_size"]
 
 
 class Trace(TorchDispatchMode):
@@ -53,7 +41,8 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = tensors_of((args, kwargs))
         fake = any(isinstance(x, FakeTensor) for x in inputs)
-        if not fake and all_whole(inputs or tensors_of(func(*args, **kwargs))):
+        numbers = inputs or tensors_of(func(*args, **kwargs))
+        if not fake and not any(x.is_floating_point() for x in numbers):
             with _disable_current_modes():
                 return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
@@ -118,11 +107,6 @@ def tensors_of(tree):
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
-def all_whole(tensors):
-    """Whether these are token ids and masks."""
-    return not any(x.is_floating_point() for x in tensors)
-
-
 def inside(func, args):
     """The bytes that a kernel on CUDA holds beside its inputs and outputs."""
     if func is aten.logsumexp.default:  # exp(x - max x)
@@ -133,7 +117,8 @@ def inside(func, args):
     return 0
 
 
-def as_on_cuda(monkeypatch):
+@pytest.fixture
+def trace(monkeypatch):
     """A trace. From here on fake tensors take the path of a GPU."""
     def real(cls, *sizes):
         with _disable_current_modes():
@@ -150,44 +135,34 @@ def as_on_cuda(monkeypatch):
     return trace
 
 
-def group_of(prompt, lengths):
-    """Responses of these lengths: a rationale, two forced tokens, a gold answer of six."""
+@pytest.mark.parametrize("prompt, lengths, batches", [  # batches: (rows, tokens of a row)
+    pytest.param(1000, [3968, 16], [(1, 3968), (1, 16)], id="a full FinQA response"),
+    pytest.param(1024, [896] * 8, [(7, 896), (1, 896)], id="a full budget"),
+    pytest.param(2300, [184] * 32, [(19, 184), (13, 184)], id="short responses, long prompt")])
+def test_kernels_and_memory_on_a_gpu(prompt, lengths, batches, trace):
+    """Flash attention in every layer of every pass, float32 logits of bfloat16 factors, one
+    bfloat16 copy of each weight but the output layer's, and the README's rule for memory."""
+    config = resolve(Config(method="garl", data="finqa", dtype="bfloat16", M=len(lengths)))
+    # a rationale, two forced tokens, a gold answer of six
     rollouts = [Rollout([5] * (n - 8), [0.0] * (n - 8), [7, 8], [6] * 6) for n in lengths]
-    return Group(None, [5] * prompt, rollouts, torch.zeros(len(lengths)), 0)
-
-
-def differentiate(trace, prompt, lengths, config):
-    """Trace the gradient of one prompt. Gradients of one before are there, as in nearly every
-    step. Returns the number of parameters."""
+    group = Group(None, [5] * prompt, rollouts, torch.zeros(len(lengths)), 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Qwen3ForCausalLM(Qwen3Config(**QWEN3)).eval()
         model.set_attn_implementation("lower_right")
-        for p in model.parameters():
+        for p in model.parameters():  # the step before has left gradients
             p.grad = torch.zeros_like(p)
             trace.follow(p)
             trace.follow(p.grad)
         with trace:
-            group_gradient(model, group_of(prompt, lengths), config)
-        return sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize("prompt, lengths, batches", CASES)
-def test_kernels_and_memory_on_a_gpu(prompt, lengths, batches, monkeypatch):
-    """Flash attention in every layer of every pass, float32 logits of bfloat16 factors, one
-    bfloat16 copy of each weight but the output layer's, and the README's rule for memory."""
-    config = resolve(Config(method="garl", data="finqa", dtype="bfloat16", M=len(lengths)))
-    trace = as_on_cuda(monkeypatch)
-    parameters = differentiate(trace, prompt, lengths, config)
-
-    peak = trace.peak + ADAMW * parameters
-    rows, length = batches[0]
-    tokens = prompt + rows * (length + math.ceil(COPY * prompt))
-    rule = BYTES_A_PARAMETER * parameters + FIXED + BYTES_A_TOKEN * tokens
-    print(f"{tokens} tokens: {peak / 1e9:.1f} GB, by the rule {rule / 1e9:.1f} GB")
+            group_gradient(model, group, config)
 
     passes = [(which, *batch) for which in ("scoring", "training") for batch in batches]
     passes += [("prompt", 1, prompt - 1)]
     assert trace.kernels == {(*at, "flash"): LAYERS for at in passes}
     assert trace.logits == {(torch.bfloat16, torch.bfloat16, torch.float32)}
     assert {n for (rows, _), n in trace.casts.items() if rows != VOCABULARY} == {1}
-    assert abs(peak - rule) < 0.1 * rule
+    # bytes of a parameter: 4 weight, 4 gradient, 8 AdamW (not in the trace), 2 bfloat16 copy
+    parameters, (rows, length) = model.num_parameters(), batches[0]
+    tokens = prompt + rows * (length + math.ceil(prompt / 22))
+    rule = 18 * parameters + 2e9 + 2.4e6 * tokens
+    assert abs(trace.peak + 8 * parameters - rule) < 0.1 * rule

@@ -10,7 +10,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import tsallis_rl
 from data.files import UserError
-from tsallis_rl import (HFRollouts, Rollout, SharedPrompt, attention, draw, generate,
+from tsallis_rl import (HFRollouts, Rollout, SharedPrompt, Template, attention, draw, generate,
                         group_gradient, micro_batches, token_log_probs)
 
 THINK, ANSWER, M = 12, 4, 6
@@ -25,10 +25,10 @@ def pool(random_model, lab, config):
 
 
 def test_sampler(random_model, lab, config):
-    """The sampler draws by the model's distribution and the row's own random numbers, with
-    prompts and responses of unequal lengths."""
-    asked = [([*range(6, 6 + n)], begun, n) for n, begun in (
-        (3, []), (9, [20, 21, 22]), (9, []), (5, [23]))]
+    """The sampler draws by the model's distribution and the row's own random numbers, whatever
+    shares its batch, with prompts and responses of unequal lengths."""
+    begins = ((3, []), (9, [20, 21, 22]), (9, []), (5, [23]))
+    asked = [([*range(6, 6 + n)], begun, n) for n, begun in begins]
     for budget in (8192, 20):  # one batch, or one for each row
         engine = HFRollouts(random_model, lab[1], config(token_budget=budget))
         samples = engine.sample(asked, 10, lab[1].stop)
@@ -40,25 +40,17 @@ def test_sampler(random_model, lab, config):
             torch.testing.assert_close(torch.tensor(log_p), plain, rtol=0, atol=1e-4)
 
 
-def test_sample_alone(pool, random_model, lab, config):
-    """A sample does not depend on what shares its batch, or on whether an answer follows."""
-    alone = HFRollouts(random_model, lab[1], config(token_budget=1))
-    for i, (prompt, rollouts) in enumerate(zip(*pool)):
-        [again] = generate(alone, [prompt], [100 * i], M, THINK, ANSWER)
-        assert [(r.z, r.y) for r in again] == [(r.z, r.y) for r in rollouts]
-        [short] = generate(alone, [prompt], [100 * i], M, THINK, 0)
-        assert [(r.z, r.y) for r in short] == [(r.z, []) for r in rollouts]
-
-
-def test_budgets(pool, lab):
+def test_budgets(random_model, lab, config):
     """Samples keep to their budgets, and nothing follows a token that ends them."""
-    rollouts, stop = [r for group in pool[1] for r in group], lab[1].stop
+    template = Template(lab[1].tokenizer, range(20))  # a model may name many end tokens
+    engine = HFRollouts(random_model, template, config())
+    [rollouts] = generate(engine, [[7, 30]], [1], 50, THINK, ANSWER)
     assert {len(r.z) == THINK for r in rollouts} == {True, False}  # both ends occur
     for r in rollouts:
         assert 1 <= len(r.z) <= THINK and 1 <= len(r.y) <= ANSWER and len(r.log_p) == len(r.z)
-        assert not stop & set(r.z[:-1]) and not lab[1].ends & set(r.y[:-1])
-        assert r.z[-1] in stop or len(r.z) == THINK
-        assert r.y[-1] in lab[1].ends or len(r.y) == ANSWER
+        assert not template.stop & set(r.z[:-1]) and not template.ends & set(r.y[:-1])
+        assert r.z[-1] in template.stop or len(r.z) == THINK
+        assert r.y[-1] in template.ends or len(r.y) == ANSWER
 
 
 @pytest.mark.parametrize("method", ("garl", "garl-score", "paft", "grpo"))
@@ -88,28 +80,21 @@ def test_gradient_of_equal_rationales(pool, random_model, lab, config):
 
 
 @pytest.mark.parametrize("budget", (32768, 60))
-def test_gradient_in_bfloat16(budget, pool, random_model, lab, config):
-    """Under autocast each parameter gets its gradient, to the digits of bfloat16."""
-    group = group_of(lab[1], pool[0][0], pool[1][0])
+def test_bfloat16(budget, pool, random_model, lab, config):
+    """Sampler and trainer compute in bfloat16. Each parameter gets its gradient, in its digits."""
+    group, seen = group_of(lab[1], pool[0][0], pool[1][0]), set()
     settings = config(method="garl", q=0.5, M=M, batch_size=3, token_budget=budget)
     plain_w, plain = plain_gradient(random_model, group, settings)
-    log_w, _ = group_gradient(random_model, group, dataclasses.replace(settings, dtype="bfloat16"))
+    settings = dataclasses.replace(settings, dtype="bfloat16")
+    layer = random_model.base_model.layers[1].mlp.down_proj
+    layer.register_forward_hook(lambda _, inputs, out: seen.add(out.dtype))
+    generate(HFRollouts(random_model, lab[1], settings), pool[0], [0, 1, 2], 2, 4, 2)
+    log_w, _ = group_gradient(random_model, group, settings)
+    assert seen == {torch.bfloat16}
     assert (log_w - plain_w).abs().max() < 0.5  # a wrong mask or position is off by nats
     assert error(random_model, plain) < 0.1
     for p, g in zip(random_model.parameters(), plain):
         assert p.dtype == torch.float32 and (p.grad - g).norm() < 0.3 * g.norm()
-
-
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-def test_dtype_of_matrices(dtype, pool, random_model, lab, config):
-    """--dtype is the arithmetic of sampler, prompt and responses."""
-    seen, settings = set(), config(method="garl", M=M, dtype=dtype)
-    layer = random_model.base_model.layers[1].mlp.down_proj
-    layer.register_forward_hook(lambda _, inputs, out: seen.add(out.dtype))
-    generate(HFRollouts(random_model, lab[1], settings), pool[0], [0, 1, 2], 2, 4, 2)
-    assert seen == {getattr(torch, dtype)}
-    group_gradient(random_model, group_of(lab[1], pool[0][0], pool[1][0]), settings)
-    assert seen == {getattr(torch, dtype)}
 
 
 def test_untrained(pool, random_model, lab, config):
@@ -128,8 +113,8 @@ def test_untrained(pool, random_model, lab, config):
 
 
 def test_micro_batches(random_model, lab, config):
-    """Each row is in one batch, and a batch keeps its budget of trained tokens, where a
-    row's copy of the prompt's keys and values counts as a 20th of trained tokens."""
+    """Each row is in one batch, and a batch keeps its budget of trained tokens. A row's copy of
+    the prompt's keys and values counts as a 20th of the prompt."""
     rollouts = [Rollout([7] * n, [], [8], [9]) for n in (3, 30, 7, 12, 1)]
     group, sizes = group_of(lab[1], list(range(6, 406)), rollouts, "grpo"), set()
     for budget in (32768, 1000, 600, 500, 1):
@@ -143,19 +128,23 @@ def test_micro_batches(random_model, lab, config):
     assert {1, 5} < sizes
 
 
+def agree(ours, theirs, inputs):
+    """Both have the same values, and the same gradients for the same upstream ones."""
+    upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)).double()
+    grads = [torch.autograd.grad(out, inputs, upstream) for out in (ours, theirs)]
+    for x, y in ((ours, theirs), *zip(*grads)):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("chunk", (1, 64, 2**25))
 def test_token_log_probs(chunk, monkeypatch):
     """Chunked log-probabilities are torch's, in value and gradient."""
     monkeypatch.setitem(tsallis_rl.CHUNK, "cpu", chunk)
     g = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 8, generator=g).double().requires_grad_() for n in (13, 37))
-    target, upstream = torch.randint(37, (13,), generator=g), torch.randn(13, generator=g).double()
+    target = torch.randint(37, (13,), generator=g)
     plain = (hidden @ weight.T).log_softmax(-1).gather(-1, target[:, None])[:, 0]
-    fast = token_log_probs(hidden, weight, target)
-    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-13)
-    grads = [torch.autograd.grad(out, (hidden, weight), upstream) for out in (fast, plain)]
-    for x, y in zip(*grads):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
+    agree(token_log_probs(hidden, weight, target), plain, (hidden, weight))
 
 
 @pytest.mark.parametrize("T, S", ((1, 9), (3, 9), (9, 9)))
@@ -172,11 +161,7 @@ def test_attention(T, S, masked):
     theirs = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=0.3,
                                             enable_gqa=True).transpose(1, 2)
     ours, _ = attention(None, query, key, value, mask, scaling=0.3)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
-    upstream = torch.randn(ours.shape, generator=g).double()
-    grads = [torch.autograd.grad(out, (query, key, value), upstream) for out in (ours, theirs)]
-    for x, y in zip(*grads):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
+    agree(ours, theirs, (query, key, value))
 
 
 def test_draw():

@@ -1,6 +1,8 @@
 """Models and tokenizers of many kinds: each trains right, or is refused in one line."""
 import json
+from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import transformers as hf
@@ -12,9 +14,7 @@ from data.files import UserError
 from tsallis_rl import GAP_BOUND, HFRollouts, Template, encode, generate, group_gradient
 
 CPU = torch.device("cpu")
-SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2,
-             pad_token_id=None, bos_token_id=None, eos_token_id=486)
+SHAPE = conftest.SHAPE | dict(pad_token_id=None, bos_token_id=None, eos_token_id=486)
 EXPERTS = SHAPE | dict(moe_intermediate_size=16, num_experts_per_tok=2)
 OLD = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_heads=4)
 MODELS = {  # name: (settings, the reason why it cannot be trained)
@@ -32,9 +32,6 @@ MODELS = {  # name: (settings, the reason why it cannot be trained)
     "Gemma2": (SHAPE | dict(head_dim=16), "softcap"),
     "Cohere": (SHAPE, "sampler and trainer differ"),
     "Falcon": (OLD, "cannot replace its attention"),
-    "GPTNeo": (OLD | dict(num_layers=2, attention_types=[[["global"], 2]]),
-               "cannot replace its attention"),
-    "Bloom": (OLD, "cannot replace its attention"),
     "Mamba": (OLD, "cannot replace its attention"),
     "T5": (dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4), "T5Config"),
 }
@@ -42,15 +39,14 @@ MODELS = {  # name: (settings, the reason why it cannot be trained)
 
 @pytest.fixture
 def saved(tmp_path, lab):
-    """saved(config, tokenizer): the folder of a random model."""
-    def save(config, tokenizer=lab[1].tokenizer, **generation):
+    """saved(config): the folder of a random model."""
+    def save(config):
+        folder, seq2seq = tmp_path / "model", config.model_type == "t5"
         torch.manual_seed(0)
-        kind = hf.AutoModelForSeq2SeqLM if config.model_type == "t5" else hf.AutoModelForCausalLM
-        kind.from_config(config).save_pretrained(tmp_path / "model")
-        tokenizer.save_pretrained(tmp_path / "model")
-        if generation:
-            (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
-        return str(tmp_path / "model")
+        kind = hf.AutoModelForSeq2SeqLM if seq2seq else hf.AutoModelForCausalLM
+        kind.from_config(config).save_pretrained(folder)
+        lab[1].tokenizer.save_pretrained(folder)
+        return str(folder)
     return save
 
 
@@ -82,33 +78,20 @@ def test_model(name, saved, lab, config):
         assert all((p.grad.norm() > 0) == (g.norm() > 0) for p, g in zip(model.parameters(), plain))
 
 
-# --- Loading and saving -----------------------------------------------------------------
-def test_bfloat16_checkpoint(saved, small, tmp_path):
-    """A checkpoint in bfloat16 is trained and saved in float32, or small updates are lost."""
+def test_checkpoint(saved, small, tmp_path):
+    """A checkpoint in bfloat16 is trained and saved in float32, or small updates are lost. It
+    names all end tokens, and no temperature."""
     path, run = saved(hf.LlamaConfig(**SHAPE, vocab_size=489)), tmp_path / "run"
     hf.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
+    ends = Path(path, "generation_config.json")
+    ends.write_text(json.dumps({"temperature": 0.1, "eos_token_id": [486, 7]}))
+    template = tsallis_rl.load_model(path, CPU)[1]
+    assert template.ends == {486, 7} <= template.stop and template.end == 486
     assert program([*small, "--model", path, "--steps", "1", "--out", str(run)]) == 0
     assert {w.dtype for w in weights(path, ".").values()} == {torch.bfloat16}
     assert {w.dtype for w in weights(run).values()} == {torch.float32}
-
-
-def test_generation_config(saved, small, tmp_path):
-    """A temperature in generation_config changes nothing, and a checkpoint names its ends."""
-    path = saved(hf.LlamaConfig(**SHAPE, vocab_size=489), temperature=0.1, eos_token_id=[486, 7])
-    model, template = tsallis_rl.load_model(path, CPU)
-    assert template.ends == {486, 7} <= template.stop and template.end == 486
-    assert program([*small, "--model", path, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
-    last = json.loads((tmp_path / "run" / "last" / "generation_config.json").read_text())
+    last = json.loads((run / "last" / ends.name).read_text())
     assert set(last["eos_token_id"]) == {486, 7} and "temperature" not in last
-
-
-def test_every_end_token(lab, config):
-    """Each token that the model names ends a rationale and an answer."""
-    template = Template(lab[1].tokenizer, range(100))
-    [rollouts] = generate(HFRollouts(lab[0], template, config()), [[7, 30]], [1], 50, 9, 9)
-    for ids in (ids for r in rollouts for ids in (r.z, r.y)):
-        assert not template.ends & set(ids[:-1]) and (len(ids) == 9 or ids[-1] in template.stop)
-    assert {r.z[-1] for r in rollouts} & set(range(100))
 
 
 @pytest.mark.parametrize("changes, words", (
@@ -126,7 +109,6 @@ def test_limits_of_a_model(changes, words, saved, small, tmp_path, capsys):
     assert not words or (words in error and error.count("\n") == 1)
 
 
-# --- Tokenizers and records ---------------------------------------------------------------
 def test_end_of_turn(lab):
     """The end token is what the chat template puts after an answer, or else eos."""
     tokenizer = plain_template().tokenizer
@@ -138,8 +120,8 @@ def test_end_of_turn(lab):
     assert template.text(template.gold("3")) == "3" == template.text(template.gold("3")[:-1])
     tokenizer.chat_template = CHAT.replace("<|im_end|>", " <|im_end|>")
     assert Template(tokenizer).end == turn
-    for other in (CHAT.replace("<|im_end|>", " END"), CHAT.replace("content'] }}", "x'] }}"), None):
-        tokenizer.chat_template = other  # no special token, a lost answer, no chat
+    for other in (CHAT.replace("<|im_end|>", " END"), None):  # no special token, no chat
+        tokenizer.chat_template = other
         assert Template(tokenizer).end == tokenizer.eos_token_id
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end token"):
@@ -155,22 +137,3 @@ def test_refused_records(record, word, lab, config):
     with pytest.raises(UserError, match="record bad") as refused:
         encode([Record("0", "Q", "Q", "4"), record], config(), lab[1], lab[0], training=True)
     assert word in str(refused.value)
-
-
-def test_a_long_gold(lab, config, capsys):
-    """A gold answer too long for the model drops its own record in training, and no other;
-    in validation it is not scored and needs no room."""
-    records = [Record(str(i), "Q", "Q", "7" * n) for i, n in enumerate((1, 4000, 2))]
-    for training, kept in ((True, [True, False, True]), (False, [True] * 3)):
-        examples = encode(records, config(), lab[1], lab[0], training=training)
-        assert [bool(prompt) for _, prompt in examples] == kept
-
-
-def test_golds_that_change(lab, config, capsys):
-    """Gold answers that do not come back from their own tokens are counted."""
-    tokenizer = plain_template().tokenizer
-    from tokenizers.normalizers import NFKC
-    tokenizer.backend_tokenizer.normalizer = NFKC()
-    records = [Record(str(i), "Q", "Q", gold) for i, gold in enumerate(("10 µm", "m²", "5"))]
-    encode(records, config(), Template(tokenizer), lab[0], training=True)
-    assert "2 gold answers" in capsys.readouterr().out

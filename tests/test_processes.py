@@ -5,10 +5,9 @@ from pathlib import Path
 import eval
 import pytest
 import tsallis_rl
-from conftest import difference, launch, program, rows
+from conftest import SMALL, difference, launch, program, rows
 
-SETTINGS = ["--rollout", "hf", "--M", "4", "--batch-size", "4", "--limit", "24", "--eval-every",
-            "2", "--eval-samples", "4", "--eps", "1e-6"]
+SETTINGS = [*SMALL, "--batch-size", "4", "--eps", "1e-6"]
 METHODS = {"garl": ["--method", "garl", "--token-budget", "120"],  # not the same number of passes
            "paft": ["--method", "paft", "--K", "1"],
            "grpo": ["--method", "grpo"],  # a process may have no gradient at all
@@ -64,31 +63,27 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_equal_one(method, runs):
+def test_two_processes(method, runs):
+    """Two processes equal one."""
     one, two = (runs[0] / f"{method}{n}" for n in (1, 2))
     assert difference(one, two) < 1e-5  # sums in another order; measured 1e-7
     for a, b in zip(rows(one), rows(two), strict=True):
         assert a.keys() == b.keys()
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-4)
         assert all(b[key] == value for key, value in a.items() if key.startswith("val_"))
-    settings = json.loads((two / "config.json").read_text())["settings"]
-    assert settings["eps"] == 1e-6
+    assert json.loads((two / "config.json").read_text())["settings"]["eps"] == 1e-6
 
 
-def test_one_of_several_prints(runs):
-    assert runs[1].count("step   4 |") == 3 and runs[1].count("of 4 steps done") == 3
-
-
-def test_a_signal_to_one_makes_all_stop_and_save(runs):
+def test_ends(runs):
+    """A signal to one makes all stop and save. The death of one is an error and not a hang."""
     assert [row["step"] for row in rows(runs[0] / "stopped")] == [0, 1]
     assert program(["--resume", str(runs[0] / "stopped"), "--steps", "2"]) == 0
-
-
-def test_a_death_is_an_error_and_not_a_hang(runs):
     assert [row["step"] for row in rows(runs[0] / "died")] == [0]
     assert (runs[0] / "died" / "last" / "trainer.pt").is_file()
 
 
-def test_eval_by_two_prints_and_writes_once(runs):
+def test_print(runs):
+    """One of several prints. Two write the same evaluation as one, and once."""
+    assert runs[1].count("step   4 |") == 3 and runs[1].count("of 4 steps done") == 3
     assert runs[1].count("| rule |") == 1
     assert (runs[0] / "one.jsonl").read_bytes() == (runs[0] / "two.jsonl").read_bytes()

@@ -1,40 +1,35 @@
 """The study: its commands, logs, tables and figures, and what data/results/README.md says."""
-import math
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
 
 import tsallis_rl as t
-from data import Record, load
-from data.ledger import make
+from data import SPLITS, Record, load
 from data.results import study
 
 README = (study.RESULTS / "README.md").read_text()
-LOGS = sorted(study.RESULTS.glob("*.jsonl"))
-START = {"log_P0": -40.0, "sum": 2000.0, "squares": 64.0, "g": [1e-4, 1e-2, 1e-1] + [1e-2] * 97}
 
 
-@pytest.mark.parametrize("table", [path.stem for path in LOGS])
+@pytest.mark.parametrize("table", [path.stem for path in sorted(study.RESULTS.glob("*.jsonl"))])
 def test_log(table):
     """Every logged run ended well, and its command is the study's and has its settings."""
     known = dict(study.tables()[table])
     for line in study.read(table):
-        words = shlex.split(line["command"])
+        words, config = shlex.split(line["command"]), t.parse(known[line["run"]].split())
         if "gate-8," in line["run"]:
             assert words == ["python", "data/results/study.py", table, "--only", line["run"]]
         else:
             assert words[:3] == ["OMP_NUM_THREADS=1", "python", "tsallis_rl.py"]
-            assert t.parse(words[3:]) == t.parse(known[line["run"]].split())
-        config = t.parse(known[line["run"]].split())
-        assert line["exit"] == 0
-        assert line["run"].endswith(f"q={config.q:g} seed={config.seed}")
+            assert t.parse(words[3:]) == config
+        assert line["run"].endswith(f"q={config.q:g} seed={config.seed}") and line["exit"] == 0
         assert {len(column) for column in line["metrics"].values()} == {config.steps + 1}
 
 
 def test_numbers_of_the_readme(capsys):
-    """Every range and every series of numbers in a table of the findings is a printed one."""
+    """The figures are there, and all ranges and series of numbers in the tables are printed."""
     study.print_gate()
     for table in ("cold", "warm", "noise", "schedule"):
         study.print_learning(table)
@@ -45,30 +40,7 @@ def test_numbers_of_the_readme(capsys):
     claims = re.findall(r"\d+ \(\d+ to \d+\)|(?<=\| )\d+(?:, \d+){3}(?= \|)", "\n".join(rows))
     claims += re.findall(r"\d+ of \d+ cells", README.replace("cells on", "cells"))
     assert len(claims) > 60 and [claim for claim in claims if claim not in printed] == []
-
-
-def test_figures():
-    """Each figure is a small picture, and a README shows it."""
-    shown = README + (study.ROOT / "README.md").read_text().replace("data/results/", "")
-    for name in ("learning.png", "family.png", "gate.png"):
-        content = (study.RESULTS / name).read_bytes()
-        assert content.startswith(b"\x89PNG") and len(content) < 200_000 and f"]({name})" in shown
-
-
-def test_labels_stay_apart():
-    """Labels at nearby ends of curves do not overlap, and others stay where they are."""
-    heights = sorted(study.apart([100, 99, 98, 0], 7))
-    assert min(b - a for a, b in zip(heights, heights[1:])) >= 7
-    assert study.apart([10, 60], 7) == [10, 60]
-
-
-@pytest.mark.parametrize("q, exact", [
-    (0, lambda u: 2 * math.log(u / (1 - u)) - 1 / u + 1 / (1 - u)),
-    (1, lambda u: math.log(u / (1 - u)) + 1 / (1 - u))])
-def test_escape_time(q, exact):
-    """The sum for T_q agrees with the integral (15) in closed form."""
-    for p0 in (1e-6, 0.1):
-        assert study.escape_time(p0, q) == pytest.approx(exact(0.5) - exact(p0), rel=1e-3)
+    assert all((study.RESULTS / name).is_file() for name in re.findall(r"\]\((\w+.png)\)", README))
 
 
 def test_gated_schedule(monkeypatch):
@@ -83,73 +55,33 @@ def test_gated_schedule(monkeypatch):
         qs.append(t.q_of(5, None))
     assert qs == pytest.approx([1, 1 - 8 / 40, 1 - 8 / 36, 1 - 8 / 29.6, 1 - 8 / 24.08])
     assert (t.train_step, t.q_of) == before
-    with study.gated(50):
-        t.train_step(None, 1)
-        assert t.q_of(2, None) == 0
 
 
-@pytest.mark.parametrize("log_P, step", [
-    ([-40, -30, -20.0, -19.9, -30], 3),  # an older log: row 0 has the start
-    ([None, -40, -20.0, -19.9], 3),  # a newer one: row 1 has it
-    ([-40, -39, None, -41], None)])
-def test_escape(log_P, step):
-    """A start is passed when log P has come half of its way to 0."""
-    assert study.escape({"metrics": {"log_P": log_P}}) == step
-
-
-def test_median():
-    """Of steps where None comes last."""
+def test_escape():
+    """A start is passed when log P has come half of its way to 0. Never comes last in a median."""
+    for log_P, step in (([-40, -30, -20.0, -19.9, -30], 3), ([None, -40, -20.0, -19.9], 3),
+                        ([-40, -39, None, -41], None)):
+        assert study.escape({"metrics": {"log_P": log_P}}) == step  # older logs have it in row 0
     assert study.median([3, None, 5]) == 5 and study.median([3, None, None]) is None
 
 
-def test_predicted_gate():
-    """The prediction knows AdamW's epsilon, the start's log P, and SGD's factor."""
-    def at(q, optimizer="adamw-1e-8", **more):
-        return study.predicted(optimizer, START | more, q)
-
-    # lr M sum |g| = 3e-4 * 16 * 2000 = 9.6 nats a step, after a warm-up of 5: half of 40 nats
-    assert at(1) == at(1, "adamw-1e-20") == at(0.9) == 5 and at(0.9) < at(0.5)
-    assert at(0) is None and at(0, "adamw-1e-20") == at(1)
-    assert at(0.5, log_P0=-20.0) < at(0.5) and at(0.5, log_P0=-80.0) is None
-    assert at(1, "sgd") < study.predicted("sgd", START, 0.75, steps=10**5)
-    assert study.reach("adamw-1e-8", START) == pytest.approx(math.log(1e-2 / 1e-8))
-    assert study.reach("adamw-1e-30", START) == pytest.approx(math.log(1e-2 / 1e-21))
-
-
-def test_noisy_data(tmp_path, monkeypatch):
-    """Noisy rows have another row's answer, and the test split holds exactly these rows."""
+def test_data(tmp_path, monkeypatch):
+    """bracket is ledger with other answers alone. Noisy rows have another row's answer, which
+    does not contain their own, and the test split holds exactly these rows."""
     monkeypatch.setattr(study, "WORK", tmp_path)
-    monkeypatch.setattr(study, "FORMS", {})
-    for split in ("train", "validation"):
-        rows = [vars(record) | {"answer": "[" + record.answer} for record in load("ledger", split)]
-        study.write_rows(tmp_path / "bracket" / f"{split}.jsonl", rows)
+    monkeypatch.setattr(study, "FORMS", {"bracket": "[N"})
     study.make_data()
-    rows = [{"answer": answer} for answer in ("1", "12", "3")]
-    assert study.with_wrong_golds(rows, 2) == 2 * [{"answer": "3"}]  # 12 contains 1
-    clean = {record.id: record.answer for record in load("ledger", "train")}
-    data = {name: load(str(tmp_path / name), "train") for name in ("noise0", "noise30")}
-    assert [record.answer for record in data["noise0"]] == list(clean.values())[:100]
-    changed = [record for record in data["noise30"] if record.answer != clean[record.id]]
-    assert len(changed) == 30 and {record.answer for record in changed} <= set(clean.values())
-    assert load(str(tmp_path / "noise30"), "test") == changed
-    assert load(str(tmp_path / "noise30"), "validation") == load("ledger", "validation")
-    colder = load(str(tmp_path / "noise10-bracket"), "train")
-    wrong = [i for i, record in enumerate(colder) if record.answer != "[" + clean[record.id]]
-    assert wrong == list(range(10)) and all(record.answer[0] == "[" for record in colder)
-
-
-def test_form(tmp_path, monkeypatch, capsys):
-    """ledger in another form has other answers alone. The shipped one is never overwritten."""
-    for arguments in (["--form", "[N"], ["--form", "none", "--out", str(tmp_path)]):
-        monkeypatch.setattr("sys.argv", ["make.py", *arguments])
-        with pytest.raises(SystemExit):
-            make.main()
-    monkeypatch.setattr("sys.argv", ["make.py", "--form", "[N", "--out", str(tmp_path)])
-    make.main()
-    for split in ("train", "validation", "test"):
-        ours, shipped = (load(name, split) for name in (str(tmp_path), "ledger"))
-        assert [vars(record) for record in ours] == [
-            vars(record) | {"answer": "[" + record.answer} for record in shipped]
+    read = lambda name, split="train": load(str(tmp_path / name), split)
+    for split in SPLITS:
+        assert read("bracket", split) == [replace(record, answer="[" + record.answer)
+                                          for record in load("ledger", split)]
+    clean, noisy = load("ledger", "train")[:100], read("noise30")
+    assert read("noise0") == clean and noisy[30:] == clean[30:]
+    assert all(one.answer not in other.answer for one, other in zip(clean, noisy[:30]))
+    assert {record.answer for record in noisy} <= {record.answer for record in clean}
+    assert read("noise30", "test") == noisy[:30]
+    assert read("noise30", "validation") == load("ledger", "validation")
+    assert read("noise10-bracket")[10:] == read("bracket")[10:100]
 
 
 def test_held_out_rows():
@@ -193,24 +125,3 @@ def test_run_repeats(tmp_path, monkeypatch):
     assert one["exit"] == 0 and one["metrics"] == two["metrics"]
     log_P = one["metrics"]["log_P"]
     assert len(log_P) == 3 and study.first(log_P) == log_P[1]
-
-
-@pytest.mark.parametrize("table", ["hotpotqa", "musique"])
-def test_tables_of_real_rows(table, capsys, monkeypatch):
-    """Logs of a language model are printed, also those of the base model, which has no log P."""
-    swaps = dict.fromkeys(("own", "empty", "another's", "gold in z"), -5.0)
-    first = {"log_P, start": swaps, "log_P, end": swaps, "rows, 1 token": {"maj@16": [0, 1]}}
-    test = dict.fromkeys(("p@1", "p@16", "maj@16", "exact maj@16", "em", "f1"), 25.0)
-    trained = {"log_P": [None, -20.0, -5.0], "rationale_tokens": [None, 30.0, 5.0]}
-    lines = []
-    for name, _ in study.tables()[table]:
-        metrics = {"val_maj@16": [0.0]} | (trained if name.startswith("garl") else {})
-        line = {"run": name, "metrics": metrics, "test": test, "seconds": 60.0, "peak_GB": 2.0,
-                "rows": {"maj@16": [0, 1] if name.startswith("base") else [1, 1]}}
-        lines.append(line | (first if name.endswith("seed=0") else {}))
-    monkeypatch.setattr(study, "read", lambda name: lines)
-    study.print_real(table)
-    out = capsys.readouterr().out
-    assert "| +50.0 [+0.0, +100.0] | -20.0 (-20.0 to -20.0) | -5.0 (-5.0 to -5.0) |" in out
-    assert "| +0.0 [+0.0, +0.0] | - | - |" in out
-    assert len([x for x in out.splitlines() if x.startswith("| base cold")]) == 2

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import tsallis_rl
-from conftest import SMALL, difference, launch, plain_log_probs, plain_template, program, rows
+from conftest import SHAPE, SMALL, difference, launch, plain_log_probs, plain_template, rows
 from data import LAB_MODEL
 from transformers import LlamaConfig, LlamaForCausalLM
 from tsallis_rl import CLOSE, Config, HFRollouts, VLLMRollouts, generate, resolve
@@ -25,12 +25,13 @@ class Engines:
     def __init__(self, path, prompts, length):
         self.model, self.template = tsallis_rl.load_model(path, torch.device("cpu"))
         self.prompts = [self.template.prompt(text) for text in prompts]
-        config = resolve(Config(dtype="float32", eval_samples=4))
+        config = resolve(Config(dtype="float32"))
         self.vllm = VLLMRollouts(path, self.template, config, length)
         self.hf = HFRollouts(self.model, self.template, config)
         self.vllm.sync(self.model)
 
     def sample(self, answer=ANSWER, base=0, think=THINK, n=M, engine=None):
+        """(prompt, rollout) of n rollouts of each prompt."""
         seeds = [base + 1000 * i for i in range(len(self.prompts))]
         engine = engine or self.vllm
         groups = generate(engine, self.prompts, seeds, n, think, answer)
@@ -67,17 +68,18 @@ def engines(lab_engines):
 
 
 @pytest.mark.parametrize("think", [THINK, 3])
-def test_rollouts_have_the_trainer_s_log_p_and_the_other_sampler_s_shape(think, engines):
+def test_rollouts(think, engines):
+    """Rollouts have the trainer's log p, keep to their budgets and stop where they should."""
     rollouts, template = engines.sample(think=think), engines.template
     assert engines.gap(rollouts) < BOUND
     for _, r in rollouts:
-        stopped = r.z[-1] in template.stop
-        assert 1 <= len(r.z) <= think and (stopped or len(r.z) == think) and 1 <= len(r.y) <= ANSWER
-        assert r.forced == template.forced(r.z) and len(r.log_p) == len(r.z)
+        assert r.z[-1] in template.stop or len(r.z) == think
+        assert 1 <= len(r.z) <= think and 1 <= len(r.y) <= ANSWER and len(r.log_p) == len(r.z)
         assert not template.stop & {*r.z[:-1]} and not template.ends & {*r.y[:-1]}
 
 
-def test_new_weights_come_through_sync_alone_which_forgets_cached_prompts(engines):
+def test_sync(engines):
+    """New weights come through sync alone, which forgets the keys and values of the old ones."""
     engines.sample()  # fills the prefix cache
     noise = torch.Generator().manual_seed(0)
     engines.change(lambda p: p + torch.randn(p.shape, generator=noise) * 0.02)
@@ -86,73 +88,57 @@ def test_new_weights_come_through_sync_alone_which_forgets_cached_prompts(engine
     assert engines.gap(engines.sample()) < BOUND
 
 
-def test_seeds_repeat_samples_differ_and_answers_change_no_rationale(engines):
+def test_seeds(engines):
+    """Seeds repeat, samples differ, and an answer changes no rationale."""
     one = engines.sample()
     assert one == engines.sample()
     z = [r.z for _, r in one]
     assert [r.z for _, r in engines.sample(base=500)] != z and len({tuple(x) for x in z}) > 3
-    without = [r for _, r in engines.sample(answer=0)]
-    assert [r.z for r in without] == z and not any(r.y for r in without)
+    assert [(r.z, r.y) for _, r in engines.sample(answer=0)] == [(x, []) for x in z]
 
 
-def test_an_answer_does_not_repeat_the_noise_of_its_rationale(engines):
-    """With weights of 0 every token has the same distribution, so the ids are the noise."""
-    engines.change(torch.zeros_like)
+def test_noise(engines):
+    """An answer does not repeat the noise of its rationale, and noise is the seed's alone."""
+    engines.change(torch.zeros_like)  # all distributions are one, so the ids are the noise
     engines.vllm.sync(engines.model)
-    rollouts = [r for _, r in engines.sample()]
-    same = sum(a == b for r in rollouts for a, b in zip(r.z, r.y))
-    assert same < 0.3 * sum(min(len(r.z), len(r.y)) for r in rollouts)
+    pairs = [pair for _, r in engines.sample() for pair in zip(r.z, r.y)]
+    assert sum(a == b for a, b in pairs) < 0.3 * len(pairs)
     one, two, other = (engines.vllm.sample([(prompt, [], seed)], 6, set())
                        for prompt, seed in (([5], 7), ([9], 7), ([9], 8)))
-    assert one == two != other  # the noise is the seed's alone
+    assert one == two != other
 
 
-def test_an_evaluation_can_be_repeated(engines):
-    examples = [(None, engines.prompts[0]), (None, []), (None, engines.prompts[1])]
-    config = resolve(Config(dtype="float32", eval_samples=4))
-    one = tsallis_rl.sample_answers(engines.vllm, examples, config)
-    engines.sample()
-    assert one == tsallis_rl.sample_answers(engines.vllm, examples, config)
-    assert one[1] is None and len(one[0]) == len(one[2]) == 4
-
-
-def test_both_samplers_have_one_distribution(engines):
-    """The mean log p of rationales, which estimates their entropy, within its error."""
+def test_distribution(engines):
+    """Both samplers have the same mean log p of rationales, an estimate of their entropy."""
     totals = [torch.tensor([sum(r.log_p) for _, r in engines.sample(
         answer=0, base=10**6, n=128, engine=engine)]) for engine in (engines.vllm, engines.hf)]
-    error = (totals[0].var() / len(totals[0]) + totals[1].var() / len(totals[1])).sqrt()
+    error = sum(total.var() / len(total) for total in totals).sqrt()
     assert (totals[0].mean() - totals[1].mean()).abs() < 4 * error
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_close_of_several_tokens_ends_no_rationale_and_ids_stay(tied, tmp_path):
+def test_close_of_several_tokens(tied, tmp_path):
+    """A </think> of several tokens ends no rationale. Ids stay that their text would change."""
     template = plain_template()
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(template.tokenizer), tie_word_embeddings=tied, hidden_size=64,
-        intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=32,
-        num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.2,
-        eos_token_id=template.end)).save_pretrained(tmp_path)
+    LlamaForCausalLM(LlamaConfig(**SHAPE | dict(
+        vocab_size=len(template.tokenizer), tie_word_embeddings=tied, num_attention_heads=2,
+        num_key_value_heads=1, eos_token_id=template.end))).save_pretrained(tmp_path)
     template.tokenizer.save_pretrained(tmp_path)
     engines = Engines(str(tmp_path), ["so think 1", "I think 2", "yes"], 128)
     assert len(engines.template.close) > 1
-    rollouts = engines.sample()
-    assert engines.gap(rollouts) < BOUND and engines.vllm.template.tokenizer.decode(
-        rollouts[0][1].forced).startswith(CLOSE)
-    encode, decode = engines.template.encode, engines.template.tokenizer.decode
-    assert any(encode(decode(r.z)) != r.z for _, r in rollouts)  # text would change the ids
+    rollouts, tokenizer = engines.sample(), template.tokenizer
+    assert engines.gap(rollouts) < BOUND
+    assert tokenizer.decode(rollouts[0][1].forced).startswith(CLOSE)
+    assert any(template.encode(tokenizer.decode(r.z)) != r.z for _, r in rollouts)
 
 
-def test_a_run_trains_with_it_and_logs_its_gap(tmp_path):
-    argv = [*SMALL, "--rollout", "vllm", "--method", "garl", "--steps", "3"]
-    assert program([*argv, "--out", str(tmp_path / "run")]) == 0
-    log = rows(tmp_path / "run")[1:]
-    assert len(log) == 3 and all(0 < row["sampler_gap"] < BOUND for row in log)
-
-
-def test_two_processes_with_an_engine_each_equal_one(tmp_path):
+def test_two_processes(tmp_path):
+    """Runs train with the engine and log its gap. Two processes with an engine each equal one."""
     argv = [*SMALL, "--rollout", "vllm", "--method", "garl", "--steps", "3", "--out"]
     for processes in (1, 2):
         done = launch(*argv, str(tmp_path / str(processes)), processes=processes)
         assert done.returncode == 0, done.stderr[-2000:]
+        log = rows(tmp_path / str(processes))[1:]
+        assert len(log) == 3 and all(0 < row["sampler_gap"] < BOUND for row in log)
     assert difference(tmp_path / "1", tmp_path / "2") < 1e-5  # measured 1e-7
