@@ -9,7 +9,6 @@ options but --prompt and --repeats are those of tsallis_rl.py:
     python tests/bench.py --model qwen3-0.6b --prompt 1024 --think-budget 512   # on a GPU
 """
 import argparse
-import platform
 import resource
 import statistics
 import sys
@@ -54,7 +53,6 @@ def start_run(config: t.Config, length: int, folder: str) -> t.Run:
     template.stop = template.ends
     examples = [(Record("0", "", "", "42"), torch.randint(10, 200, (length,)).tolist())]
     engine = t.make_engine(config, path, model, template, examples)
-    engine.sync(model)
     config = replace(config, eval_every=2**40)  # no samples.jsonl
     return t.Run(config, Path("."), model, engine, t.make_optimizer(model, config), examples, [])
 
@@ -67,7 +65,7 @@ def main() -> None:
     given, rest = parser.parse_known_args()
     config, gpu = t.parse([*DEFAULTS, *rest]), torch.cuda.is_available()
     name = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
-    print(f"{platform.machine()}, {name}, torch {torch.__version__}")
+    print(f"{name}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         run = start_run(config, given.prompt, folder)
     steps = []

@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-
 from tsallis_rl import garl_coefficients, log_q, paft_coefficients, resample, tsallis_loss
 
 QS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -13,7 +13,6 @@ import torch
 from bench import QWEN3
 from conftest import rows
 from transformers import Qwen3Config, Qwen3ForCausalLM
-
 import tsallis_rl
 from tsallis_rl import (GAP_BOUND, Config, Group, Rollout, attention, group_gradient,
                         make_optimizer, output_logits, resolve, start_processes, token_log_probs)

@@ -180,6 +180,14 @@ def test_no_overwriting(place, small, run, tmp_path, capsys):
 
 
 # --- What the user gives ------------------------------------------------------------------
+def test_moved_folder(run, tmp_path, monkeypatch, capsys):
+    """A run whose folder is renamed while it trains ends in one line that names the folder."""
+    step = tsallis_rl.train_step
+    monkeypatch.setattr(tsallis_rl, "train_step", lambda *args: run.rename(
+        tmp_path / "moved") and step(*args))
+    one_line(capsys, go_on(run), str(run))
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_other_records(split, small, tmp_path, capsys):
     """Other records than those of the start are refused on resume."""
