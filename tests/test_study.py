@@ -24,7 +24,7 @@ def test_log(table):
         else:
             assert words[:3] == ["OMP_NUM_THREADS=1", "python", "tsallis_rl.py"]
             assert t.parse(words[3:]) == config
-        assert line["run"].endswith(f"q={config.q:g} seed={config.seed}") and line["exit"] == 0
+        assert line["run"].endswith(f" seed={config.seed}") and line["exit"] == 0
         assert {len(column) for column in line["metrics"].values()} == {config.steps + 1}
 
 
