@@ -331,8 +331,8 @@ def say(text: str) -> None:
 
 
 # --- 5. Prompts and sequences: prompt | z | </think> | "\n\n" | answer | end token ---
-# Joined as token ids: decoding and encoding again could change what was sampled. A sampled
-# </think> belongs to z and is scored. If there is none, it is forced, and not scored.
+# Joined as token ids: decoding could change them. A </think> that ends a sample belongs to z
+# and is scored. Where z does not end with it, it is forced after z, and not scored.
 CLOSE, SEPARATOR = "</think>", "\n\n"
 
 
@@ -416,7 +416,7 @@ def encode(records: list[Record], config: Config, template: Template, model,
                             f"tokens {control}, or with tokens that the model lacks")
         answer = max(config.answer_budget, len(gold) if training else 0)
         room = length - config.think_budget - len(forced) - answer
-        fits = 2 <= len(prompt) <= min(config.prompt_limit, room)  # the last one runs apart
+        fits = 2 <= len(prompt) <= min(config.prompt_limit, room)  # 2: see SharedPrompt.last
         examples.append((record, prompt if fits else []))
         changed += not exact_match(template.text(gold), record.answer)
     kept = sum(bool(prompt) for _, prompt in examples)
@@ -1011,9 +1011,9 @@ def load_model(path: str, device: torch.device):
     except Exception as error:  # each library has its own errors
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model {path}: {type(error).__name__}: {reason}") from error
+    # for checkpoints: end tokens, and no sampling settings that could not be saved
     model.generation_config = GenerationConfig(eos_token_id=sorted(template.ends))
-    # eval(): dropout would make the trainer score another distribution than is sampled
-    return model.to(device).eval(), template
+    return model.to(device).eval(), template  # dropout would change what is scored
 
 
 def make_engine(config: Config, path: str, model, template: Template, examples: list[Example]):
