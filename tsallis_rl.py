@@ -44,7 +44,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Iterable, Literal, NamedTuple, get_args, get_type_hints
 
-os.environ.setdefault("GOMP_SPINCOUNT", "500")  # idle threads slow a CPU down
+os.environ.setdefault("GOMP_SPINCOUNT", "500")  # or waiting threads stay busy
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # not used: transformers would import them, and fail if they do not fit torch
 for name in ("torchvision", "torchaudio", "torchcodec"):
@@ -71,7 +71,7 @@ from data.verifiers import exact_match, summarize
 Ids = list[int]  # token ids
 
 
-# --- 1. Settings ----------------------------------------------
+# --- 1. Settings ---
 def setting(default, help: str):
     """A field of `Config` with its help text."""
     return field(default=default, metadata={"help": help})
@@ -79,7 +79,7 @@ def setting(default, help: str):
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. *: the default depends on the data (`data.defaults`)."""
+    """All settings of a run. *: the default is in `data.defaults`."""
 
     # method
     q: float = setting(0.75, "0 is RLVR, 1 the log-likelihood (eq. 3); grpo has none")
@@ -88,7 +88,7 @@ class Config:
     method: Literal["garl", "garl-score", "paft", "grpo"] = setting(
         "paft", "garl-score has no pathwise term; grpo is for comparison")
     M: int = setting(32, "rollouts per prompt")
-    K: int | None = setting(None, "PAFT alone: rationales resampled from the M; None is M")
+    K: int | None = setting(None, "PAFT alone: rationales resampled; None is M")
     # model and data
     data: str = setting("ledger", "ledger (ours), finqa, hotpotqa, musique, NAME:PATH or PATH")
     start: Literal["warm", "cold"] = setting("warm", "prompt with or without instructions")
@@ -108,8 +108,8 @@ class Config:
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "without weight decay")
     eps: float = setting(1e-8, "AdamW alone: smaller gradients move little")
     clip: float = setting(1.0, "largest norm of the gradient")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "bfloat16 is for a GPU")
-    token_budget: int = setting(8192, "tokens in a micro-batch; lower it if memory ends")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on a GPU")
+    token_budget: int = setting(8192, "tokens in a micro-batch; lower it if memory runs out")
     # run
     seed: int = setting(0, "of the data order and of every sample")
     out: str | None = setting(None, "folder of the run; None is runs/NAME")
@@ -119,7 +119,7 @@ class Config:
     eval_limit: int | None = setting(None, "validate on this many prompts*")
 
     def __post_init__(self):
-        """Check every value, whether it came from the command line or from a file."""
+        """Check every value, those from a file, too."""
         for name, kind in get_type_hints(Config).items():
             value, allowed = getattr(self, name), get_args(kind) or (kind,)
             # allowed: types, or words. A fraction may also be written as a whole number.
@@ -155,7 +155,7 @@ def resolve(config: Config) -> Config:
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """The settings from the command line. --resume takes those of the run as defaults."""
+    """The settings of the command line; with --resume those of the run are the defaults."""
     # without a usage, errors are one line, with exit code 2
     parser = HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False,
                               epilog="* the default depends on --data")
@@ -174,7 +174,7 @@ def parse(argv: list[str] | None = None) -> Config:
     return resolve(Config(**vars(given)))
 
 
-# --- 2. The loss ----------------------------------------------
+# --- 2. The loss ---
 def log_q(u: Tensor | float, q: float) -> Tensor:
     """Tsallis logarithm (1): (u^(1-q) - 1) / (1 - q) for 0 < u <= 1, and log u at q = 1."""
     return -tsallis_loss(torch.as_tensor(u).log(), q)
@@ -188,7 +188,7 @@ def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
     return -torch.expm1((1 - q) * log_P) / (1 - q)  # expm1: exact also for q near 1
 
 
-# --- 3. The estimators ----------------------------------------
+# --- 3. The estimators ---
 # M rationales z_m ~ p(z | x*) are drawn. w_m = p(y* | x*, z_m) is the likelihood of the
 # complete gold answer, through its end token. wbar is the mean of the M weights, and
 # wbar_{-m} the mean of the other M - 1.
@@ -203,8 +203,8 @@ def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
 #
 #     ghat = -wbar^(1-q)/(K M^q) sum_k grad log p(z_{r_k}, y* | x*)
 #
-# M^q bounds w_m / wbar^q. The algorithms divide by M^q, (12) and (14) do not. Under SGD this
-# acts as a smaller learning rate at larger q.
+# w_m / wbar^q is at most M^q. The algorithms divide by M^q, (12) and (14) do not. Under SGD
+# this acts as a smaller learning rate at larger q.
 #
 # Every method is a pair (a_m, b_m) in `surrogate_loss`:
 #
@@ -230,7 +230,7 @@ def log_mean(log_w: Tensor) -> Tensor:
 
 
 def log_mean_of_others(log_w: Tensor) -> Tensor:
-    """log wbar_{-m}: (..., M) -> (..., M). In M sums: total minus w_m would lose digits."""
+    """log wbar_{-m}: (..., M) -> (..., M). M sums: the total minus w_m would lose digits."""
     M = log_w.shape[-1]
     diagonal = torch.eye(M, dtype=torch.bool, device=log_w.device)
     others = log_w.unsqueeze(-2).expand(*log_w.shape, M).masked_fill(diagonal, -math.inf)
@@ -277,7 +277,7 @@ def grpo_coefficients(reward: Tensor) -> Coefficients:
     """For comparison: GRPO on sampled answers, reward 0 or 1. reward: (..., M); M >= 2.
 
     All 0 where the rewards of a prompt agree: a model that never succeeds gets no
-    gradient. No KL term, no division by length; with one update per batch no ratio.
+    gradient. No KL term, no division by length, no ratio (it is 1 in a batch's only update).
     """
     r = reward.detach().double()
     std = r.std(-1, keepdim=True)
@@ -285,7 +285,7 @@ def grpo_coefficients(reward: Tensor) -> Coefficients:
     return a, a
 
 
-# --- 4. Several processes, started by torchrun ----------------
+# --- 4. Several processes (torchrun) ---
 def start_processes() -> torch.device:
     """Join the other processes, if there are any. Returns this one's device."""
     device = torch.device("cpu")
@@ -428,11 +428,11 @@ def encode(records: list[Record], config: Config, template: Template, model,
 
 
 def seed_of(*key) -> int:
-    """A seed from (run seed, step, ...). So a resumed run draws the same numbers."""
+    """A seed from (run seed, step, ...): a resumed run draws the same numbers."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=6).digest(), "big")
 
 
-# --- 6. Rollouts ----------------------------------------------
+# --- 6. Rollouts ---
 # At temperature 1 from the whole vocabulary: `token_log_probs` scores this distribution.
 Sampled = tuple[Ids, list[float]]  # ids and their log-probabilities
 Row = tuple[Ids, Ids, int]  # a prompt, its response so far, a seed
@@ -447,7 +447,7 @@ def generate(engine, prompts: list[Ids], seeds: list[int], n: int, think_budget:
     thoughts = engine.sample(rows, think_budget, template.stop)
     forced = [template.forced(z) for z, _ in thoughts]
     answers = [([], [])] * len(rows)
-    if answer_budget:  # with the rationale's seed an answer would repeat its random numbers
+    if answer_budget:  # its seed is new, or it would repeat the rationale's random numbers
         rows = [(prompt, z + f, seed_of(seed, "answer"))
                 for (prompt, _, seed), (z, _), f in zip(rows, thoughts, forced)]
         answers = engine.sample(rows, answer_budget, template.ends)
@@ -467,12 +467,12 @@ class HFRollouts:
     @torch.no_grad()
     def sample(self, rows: list[Row], budget: int, stop: set[int]) -> list[Sampled]:
         """Continue each row until a token of `stop`, or for `budget` tokens. Tokens are drawn by
-        inverting the cumulative distribution at uniform numbers from the row's own seed. So a
-        row does not depend on its batch."""
+        inverting the cumulative distribution at uniform numbers from the row's own seed: a row
+        does not depend on its batch."""
         if not rows:
             return []
         longest = max(len(prompt + so_far) for prompt, so_far, _ in rows) + budget
-        # a cached token takes about 1/20 of a trained one's memory: 4 budgets are safe
+        # a cached token takes about 1/20 of a trained one's memory: 4 budgets fit easily
         if len(rows) * longest > 4 * self.config.token_budget and len(rows) > 1:
             halves = rows[:len(rows) // 2], rows[len(rows) // 2:]
             return [x for half in halves for x in self.sample(half, budget, stop)]
@@ -493,7 +493,7 @@ class HFRollouts:
                 keep = [k for k, row in enumerate(batch) if running[row]]
                 if not keep:
                     break
-                if len(keep) <= 0.75 * len(batch):  # not for every row: it copies the cache
+                if len(keep) <= 0.75 * len(batch):  # seldom, as it copies the cache
                     batch, token, mask = [batch[k] for k in keep], token[keep], mask[keep]
                     cache.batch_select_indices(torch.tensor(keep, device=mask.device))
                 ids, mask = token[:, None], F.pad(mask, (0, 1), value=1)
@@ -537,7 +537,7 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class VLLMRollouts:
-    """Sampling with vLLM in this process. Weights are copied after every step."""
+    """Sampling with vLLM. Weights are copied after every step."""
 
     def __init__(self, path: str, template: Template, config: Config, max_length: int):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights stay in process
@@ -576,14 +576,14 @@ class VLLMRollouts:
         return [(list(x.token_ids), list(x.logprobs.logprobs)) for x in done]
 
 
-# --- 7. The model: attention, caches, log-probabilities of tokens ---
+# --- 7. The model ---
 def autocast(model, config: Config) -> torch.autocast:
     """bfloat16 arithmetic on float32 weights, if it is asked for."""
     enabled = config.dtype == "bfloat16"
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 
-# may be ignored; `positions` keeps sequences within a sliding window
+# what `attention` need not know; `positions` keeps sequences within a sliding window
 IGNORED = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_position",
            "use_cache", "output_attentions", "output_router_logits"}
 
@@ -595,13 +595,13 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     without a mask it is causal."""
     unknown = {name for name, value in settings.items() if value is not None} - IGNORED
     if unknown:
-        raise UserError(f"this trainer does not know the model's attention: {sorted(unknown)}")
+        raise UserError(f"the model's attention has unknown settings: {sorted(unknown)}")
     if torch.is_autocast_enabled(query.device.type):  # a norm can leave the keys in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     (R, H, T, d), (G, S) = query.shape, key.shape[1:3]
-    half = query.is_cuda and query.dtype != torch.float32
-    if mask is None and half and value.shape[-1] == d:  # what torch's flash attention takes
+    flash = query.is_cuda and query.dtype != torch.float32 and value.shape[-1] == d
+    if flash and mask is None:
         out = F.scaled_dot_product_attention(query, key, value, causal_lower_right(T, S),
                                              scale=scaling, enable_gqa=True)
     else:  # (R, G, H/G T, d): the H/G query heads of a key head share it, without copies
@@ -619,7 +619,7 @@ AttentionMaskInterface.register("lower_right", lambda *shape, attention_mask=Non
 
 
 def cache_name(model) -> str:
-    """The argument that takes the cache. Newer versions of transformers call it `cache`."""
+    """The argument that takes the cache; transformers is about to rename it."""
     names = inspect.signature(type(model).forward).parameters
     return "cache" if "cache" in names else "past_key_values"
 
@@ -666,7 +666,7 @@ class TokenLogProbs(torch.autograd.Function):
         n, W = max(1, CHUNK[hidden.device.type] // len(weight)), weight.to(hidden.dtype)
         d_hidden, d_weight = [], torch.zeros_like(weight)
         for h, t, norm, g in zip(*(x.split(n) for x in (hidden, target, norms, grad))):
-            d_logits = output_logits(h, W).sub_(norm[:, None]).exp_()  # the softmax, (n, V)
+            d_logits = output_logits(h, W).sub_(norm[:, None]).exp_()  # softmax, (n, V)
             d_logits.mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])
             d_logits = d_logits.to(h.dtype)
             d_hidden.append(d_logits @ W)
@@ -677,7 +677,7 @@ class TokenLogProbs(torch.autograd.Function):
 token_log_probs = TokenLogProbs.apply
 
 
-# --- 8. The gradient of one prompt ----------------------------
+# --- 8. The gradient of one prompt ---
 class SharedPrompt:
     """The keys and values of a prompt, computed once for its M rollouts.
 
@@ -707,7 +707,7 @@ class SharedPrompt:
         R, T = ids.shape
         cache = Cache(layers=[CastLayer() for _ in self.leaves[::2]])
         for layer, k, v in zip(cache.layers, self.leaves[::2], self.leaves[1::2]):
-            # all rows share the prompt's own, until the layer appends to them
+            # rows share the prompt's own until the layer appends to them
             layer.keys, layer.values = (x.to(self.dtype).expand(R, -1, -1, -1) for x in (k, v))
             layer.is_initialized = True
         inputs = F.pad(ids[:, :-1], (1, 0), value=self.last)
@@ -826,7 +826,7 @@ def prompt_metrics(group: Group, log_w: Tensor, trained: list[int], gap: Tensor,
     }
 
 
-# --- 9. One step ----------------------------------------------
+# --- 9. One step ---
 @dataclass
 class Run:
     """All that a run consists of."""
@@ -851,7 +851,7 @@ def make_optimizer(model, config: Config) -> torch.optim.Optimizer:
 
 
 def q_of(step: int, config: Config) -> float:
-    """q at a step: linear from --q at step 0, which has no update, to --q-end."""
+    """q at a step: linear from --q at step 0 (no update) to --q-end at --q-steps."""
     return config.q + (config.q_end - config.q) * min(1, step / config.q_steps)
 
 
@@ -865,8 +865,8 @@ def batch_of(step: int, config: Config, size: int) -> list[tuple[int, int]]:
 
 
 def sample_groups(run: Run, step: int) -> list[Group]:
-    """The rollouts of this process's share of the step's prompts. The longest come first:
-    if memory does not suffice, this shows at once."""
+    """The rollouts of this process's prompts, the longest first: if memory does not suffice,
+    this shows at once."""
     config, template = run.config, run.engine.template
     batch = batch_of(step, config, len(run.train))[rank()::world()]
     seeds = [seed_of(config.seed, step, i, epoch) for epoch, i in batch]
@@ -928,7 +928,7 @@ def mean_of(rows: list[dict]) -> dict:
     return {name: fmean(row[name] for row in rows if name in row) for name in names}
 
 
-# --- 10. Validation and checkpoints ---------------------------
+# --- 10. Validation and checkpoints ---
 def sample_answers(engine, examples: list[Example], config: Config) -> list[list[str] | None]:
     """`eval_samples` answers to every prompt; None for one that was too long. Seeds depend
     on --seed and the prompt's place alone: eval.py can repeat a validation."""
@@ -952,14 +952,14 @@ def save(run: Run, name: str) -> None:
     """Write a Hugging Face checkpoint with the trainer's state. If the process is killed,
     the old or the new one is complete."""
     def write(folder: Path) -> None:
+        """The files of the checkpoint."""
         run.model.save_pretrained(folder)
         run.engine.template.tokenizer.save_pretrained(folder)
         state = {"step": run.step, "best": run.best, "best_step": run.best_step}
         torch.save(state | {"optimizer": run.optimizer.state_dict()}, folder / "trainer.pt")
 
     if not all(p.isfinite().all() for p in run.model.parameters()):
-        raise UserError(f"step {run.step}: the weights are not finite, lower --lr; "
-                        f"{last_checkpoint(run.out)} is the last good checkpoint")
+        raise UserError(f"step {run.step}: weights are not finite, and not saved; lower --lr")
     if rank() == 0:
         write_folder(run.out / name, write)
 
@@ -982,7 +982,7 @@ def restore(run: Run, folder: Path) -> None:
         write_text(run.out / name, "".join(kept))
 
 
-# --- 11. The training loop ------------------------------------
+# --- 11. The training loop ---
 def positions(model) -> int:
     """How many tokens the model can see at once."""
     layers = DynamicCache(config=model.config).layers
@@ -1018,7 +1018,7 @@ def load_model(path: str, device: torch.device):
 
 def make_engine(config: Config, path: str, model, template: Template, examples: list[Example]):
     """The sampler that --rollout names."""
-    vllm = torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None
+    vllm = torch.cuda.is_available() and importlib.util.find_spec("vllm")
     if config.rollout == "hf" or (config.rollout == "auto" and not vllm):
         return HFRollouts(model, template, config)
     longest = max(len(prompt) for _, prompt in examples)
@@ -1037,7 +1037,7 @@ def start_run(config: Config, out: Path, device: torch.device) -> Run:
              "data": hashlib.sha256(repr(records).encode()).hexdigest()}
     checkpoint = last_checkpoint(out) if config.resume else None
     if checkpoint and read_json(out / "config.json").get("data") != about["data"]:
-        raise UserError(f"--resume {out}: its records are not those that it began with")
+        raise UserError(f"--resume {out}: its records have changed")
     path = str(checkpoint or config.model)
     model, template = load_model(path, device)
     training = encode(records[0], config, template, model, training=True)
