@@ -239,7 +239,7 @@ class Benchmark:
     revision: str
     files: tuple[str, str, str]  # for train, validation, test; the Hub shares splits likewise
     home: str                    # where the files are
-    sizes: tuple[int, int, int]  # rows in the paper
+    sizes: tuple[int, int, int]  # rows in the paper, the most that are taken
     record: Callable[[dict], Record]
     group: Callable[[dict], str | None] = multi_hop_group
     columns: tuple[str, ...] = ("id", "answer")  # what `group` reads on the Hub

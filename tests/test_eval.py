@@ -82,7 +82,7 @@ def test_table(questions, capsys):
     printed, lines = capsys.readouterr().out, rows(".", "x.jsonl")
     assert printed.count("| rule |") == 1 and "1 too long" in printed
     table = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
-    assert [cells[0] for cells in table] == ["| rule", "| **headline**", "| paper", "| exact"]
+    assert {"| rule", "| paper", "| exact"} < {cells[0] for cells in table}
     assert [cell.split()[0] for cell in table[1][1:4]] == ["25.0", "75.0", "0.0"]
     assert [line["answers"] for line in lines] == [[str(i), "9", "9"] for i in range(3)] + [None]
     assert lines[1]["vote"] == "9" and lines[1]["verdicts"][0]["exact"] == 1
