@@ -355,7 +355,7 @@ class Template:
         if self.end is None:
             raise ValueError("the tokenizer has no end token: p(y* | x*, z) needs one")
         self.ends = {self.end, tokenizer.eos_token_id, *ends} - {None}
-        # a rationale also ends with </think>, if that is one token of this model
+        # a rationale also ends with </think>, if that is one token
         self.stop = self.ends | set(self.close) if len(self.close) == 1 else self.ends
 
     def encode(self, text: str) -> Ids:
@@ -388,7 +388,7 @@ class Template:
 class Rollout(NamedTuple):
     """What follows a prompt: a sampled rationale, forced tokens, an answer."""
     z: Ids
-    log_p: list[float]  # the sampler's log-probabilities of z
+    log_p: list[float]  # the sampler's log p of z
     forced: Ids
     y: Ids  # GARL, PAFT: the gold answer. GRPO, evaluation: the sampled one.
 
@@ -404,7 +404,7 @@ Example = tuple[Record, Ids]  # a record and its prompt, [] where the sequence i
 def encode(records: list[Record], config: Config, template: Template, model,
            training: bool) -> list[Example]:
     """The records with their prompts. One that is too long for --prompt-limit or for the
-    model's positions becomes []; it is not cut."""
+    model's positions becomes []."""
     examples, changed, forced = [], 0, template.forced([])
     vocabulary, length = len(model.get_input_embeddings().weight), positions(model)
     for record in records:
@@ -493,7 +493,7 @@ class HFRollouts:
                 keep = [k for k, row in enumerate(batch) if running[row]]
                 if not keep:
                     break
-                if len(keep) <= 0.75 * len(batch):  # seldom, as it copies the cache
+                if len(keep) <= 0.75 * len(batch):  # seldom: it copies the cache
                     batch, token, mask = [batch[k] for k in keep], token[keep], mask[keep]
                     cache.batch_select_indices(torch.tensor(keep, device=mask.device))
                 ids, mask = token[:, None], F.pad(mask, (0, 1), value=1)
@@ -604,10 +604,10 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     if flash and mask is None:
         out = F.scaled_dot_product_attention(query, key, value, causal_lower_right(T, S),
                                              scale=scaling, enable_gqa=True)
-    else:  # (R, G, H/G T, d): the H/G query heads of a key head share it, without copies
+    else:  # (R, G, H/G T, d): H/G query heads share a key head; at T = 1 the mask's row, too
         if mask is None:
             mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=query.device).tril(S - T)
-        rows, mask = query.reshape(R, G, -1, d), mask.repeat(1, 1, H // G, 1)
+        rows, mask = query.reshape(R, G, -1, d), mask.repeat(1, 1, H // G if T > 1 else 1, 1)
         out = F.scaled_dot_product_attention(rows, key, value, mask, scale=scaling)
     return out.reshape(R, H, T, -1).transpose(1, 2).contiguous(), None
 
@@ -683,7 +683,7 @@ class SharedPrompt:
 
     The gradients of all responses add up in `leaves`, copies of these keys and values.
     `backward` then carries the sum through the prompt, once. This is exact: backward is
-    linear in the gradient that comes in.
+    linear in the incoming gradient.
     """
 
     def __init__(self, model, prompt: Ids, config: Config):
@@ -781,7 +781,7 @@ def group_gradient(model, group: Group, config: Config) -> tuple[Tensor, dict]:
     them. Then those with a coefficient that is not 0 run again, with gradients. Returns
     log w (grpo: 0) and the metrics.
     """
-    # Autocast is off here and on inside. Until this outer context ends it keeps its bfloat16
+    # Autocast is off here and on inside. Until this context ends it keeps its bfloat16
     # copies of the weights. The prompt's pass makes them; all other passes use them.
     with torch.autocast(model.device.type, enabled=False):
         shared = SharedPrompt(model, group.prompt, config)
@@ -1033,10 +1033,9 @@ def start_run(config: Config, out: Path, device: torch.device) -> Run:
     """Load everything: a new run, or the one that --resume names."""
     limit = min((n for n in (config.limit, config.eval_limit) if n), default=None)
     records = load(config.data, "train", config.limit), load(config.data, "validation", limit)
-    about = {"settings": asdict(config),
-             "data": hashlib.sha256(repr(records).encode()).hexdigest()}
+    digest = hashlib.sha256(repr(records).encode()).hexdigest()
     checkpoint = last_checkpoint(out) if config.resume else None
-    if checkpoint and read_json(out / "config.json").get("data") != about["data"]:
+    if checkpoint and read_json(out / "config.json").get("data") != digest:
         raise UserError(f"--resume {out}: its records have changed")
     path = str(checkpoint or config.model)
     model, template = load_model(path, device)
@@ -1048,6 +1047,7 @@ def start_run(config: Config, out: Path, device: torch.device) -> Run:
     if checkpoint:
         restore(run, checkpoint)
     if rank() == 0:
+        about = {"settings": asdict(config), "data": digest}
         write_text(out / "config.json", json.dumps(about, indent=2))
     shown = training[0][1] + template.forced([]) + template.gold(training[0][0].answer)
     say(f"run {out} on {device}, {type(engine).__name__}, settings in config.json\n"
@@ -1070,9 +1070,9 @@ def stop_signals():
 
 def run_folder(config: Config) -> Path:
     """--out, or a name made of the settings."""
-    data, q = Path(config.data.split(":")[0]).stem, f"-q{config.q:g}"
-    method = config.method + (q if config.method != "grpo" else "")
-    name = f"{data}-{config.start}-{method}-seed{config.seed}"
+    data = Path(config.data.split(":")[0]).stem
+    q = "" if config.method == "grpo" else f"-q{config.q:g}"
+    name = f"{data}-{config.start}-{config.method}{q}-seed{config.seed}"
     return Path(absolute(config.out or f"runs/{name}"))
 
 
