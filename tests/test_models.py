@@ -80,7 +80,7 @@ def test_model(name, saved, lab, config):
 
 def test_checkpoint(saved, small, tmp_path):
     """A checkpoint in bfloat16 is trained and saved in float32, or small updates are lost. It
-    names all end tokens, and no temperature."""
+    names all end tokens, and no temperature. Half a checkpoint is refused."""
     path, run = saved(hf.LlamaConfig(**SHAPE, vocab_size=489)), tmp_path / "run"
     hf.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
     ends = Path(path, "generation_config.json")
@@ -92,6 +92,9 @@ def test_checkpoint(saved, small, tmp_path):
     assert {w.dtype for w in weights(run).values()} == {torch.float32}
     last = json.loads((run / "last" / ends.name).read_text())
     assert set(last["eos_token_id"]) == {486, 7} and "temperature" not in last
+    hf.LlamaConfig(**SHAPE | {"num_hidden_layers": 3, "vocab_size": 489}).save_pretrained(path)
+    with pytest.raises(UserError, match="missing: .*layers.2"):  # weights would be random
+        tsallis_rl.load_model(path, CPU)
 
 
 @pytest.mark.parametrize("changes, words", (
