@@ -111,7 +111,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on a GPU")
     token_budget: int = setting(8192, "tokens in a micro-batch; lower it if memory runs out")
     # run
-    seed: int = setting(0, "of the data order and of every sample")
+    seed: int = setting(0, "of the data order and every sample")
     out: str | None = setting(None, "folder of the run; None is runs/NAME")
     resume: str | None = setting(None, "continue the run in this folder")
     eval_every: int | None = setting(None, "steps between validations and checkpoints*")
@@ -122,7 +122,7 @@ class Config:
         """Check every value, those from a file, too."""
         for name, kind in get_type_hints(Config).items():
             value, allowed = getattr(self, name), get_args(kind) or (kind,)
-            # allowed: types, or words. A fraction may also be written as a whole number.
+            # allowed: types, or words. A fraction may be a whole number.
             good = value in allowed or type(value) in allowed or (
                 float in allowed and type(value) is int)
             if type(value) in (int, float):
@@ -138,7 +138,7 @@ GAP_BOUND = {"float32": 1e-3, "bfloat16": 0.2}  # nats a token, between sampler 
 
 
 def absolute(path: str) -> str:
-    """A path that is valid in every folder; ~ is the user's home."""
+    """A path valid in every folder; ~ is the user's home."""
     return os.path.abspath(os.path.expanduser(path))
 
 
@@ -181,7 +181,7 @@ def log_q(u: Tensor | float, q: float) -> Tensor:
 
 
 def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
-    """Loss (3), elementwise: (1 - P^(1-q)) / (1 - q). Takes log P, because P underflows."""
+    """Loss (3), elementwise: (1 - P^(1-q)) / (1 - q). Takes log P, as P underflows."""
     log_P = torch.as_tensor(log_P)
     if q == 1:
         return -log_P
@@ -287,12 +287,12 @@ def grpo_coefficients(reward: Tensor) -> Coefficients:
 
 # --- 4. Several processes (torchrun) ---
 def start_processes() -> torch.device:
-    """Join the other processes, if there are any. Returns this one's device."""
+    """Join the other processes, if any. Returns this one's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a new plan for every shape
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
@@ -338,15 +338,14 @@ CLOSE, SEPARATOR = "</think>", "\n\n"
 
 class Template:
     """Turns text into token ids around the rationale, and back. `end` is what the chat
-    template puts after an answer, otherwise the tokenizer's end token. `ends` stop a sample;
+    template puts after an answer, or else the tokenizer's end token. `ends` stop a sample;
     those of the model's generation config are among them."""
 
     def __init__(self, tokenizer, ends: Iterable[int] = ()):
         self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
         self.close = self.encode(CLOSE)  # ends a rationale
         self.separator = self.encode(SEPARATOR)
-        added = tokenizer.added_tokens_decoder.items()
-        self.special = {str(token): i for i, token in added if token.special}
+        self.special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         if tokenizer.chat_template:
             turns = [dict(role="user", content="Q"), dict(role="assistant", content="WORDS")]
             text = tokenizer.apply_chat_template(turns, tokenize=False)
@@ -366,13 +365,13 @@ class Template:
         """The prompt, up to where the model starts to think."""
         if not self.tokenizer.chat_template:
             return self.tokenizer.encode(text)
+        turn = [{"role": "user", "content": text}]
         chat = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True,
-            enable_thinking=True, return_dict=True)
+            turn, add_generation_prompt=True, enable_thinking=True, return_dict=True)
         return chat["input_ids"]
 
     def gold(self, answer: str) -> Ids:
-        """y*. With its end token: otherwise "38" would count for the gold answer "3"."""
+        """y*. With its end token, or "38" would count for the gold answer "3"."""
         return self.encode(answer) + [self.end]
 
     def forced(self, z: Ids) -> Ids:
@@ -456,7 +455,7 @@ def generate(engine, prompts: list[Ids], seeds: list[int], n: int, think_budget:
 
 
 class HFRollouts:
-    """Sampling with transformers, from the trainer's own weights."""
+    """Sampling with transformers, from the trainer's weights."""
 
     def __init__(self, model, template: Template, config: Config):
         self.model, self.template, self.config = model, template, config
@@ -466,52 +465,58 @@ class HFRollouts:
 
     @torch.no_grad()
     def sample(self, rows: list[Row], budget: int, stop: set[int]) -> list[Sampled]:
-        """Continue each row until a token of `stop`, or for `budget` tokens. Tokens are drawn by
-        inverting the cumulative distribution at uniform numbers from the row's own seed: a row
-        does not depend on its batch."""
+        """Continue each row until a token of `stop`, or for `budget` tokens. They are drawn with
+        random numbers from the row's own seed: a row does not depend on its batch."""
         if not rows:
             return []
         longest = max(len(prompt + so_far) for prompt, so_far, _ in rows) + budget
-        # a cached token takes about 1/20 of a trained one's memory: 4 budgets fit easily
+        # a cached token takes 1/20 of a trained one's memory: 4 budgets fit easily
         if len(rows) * longest > 4 * self.config.token_budget and len(rows) > 1:
-            halves = rows[:len(rows) // 2], rows[len(rows) // 2:]
-            return [x for half in halves for x in self.sample(half, budget, stop)]
+            half = len(rows) // 2
+            return self.sample(rows[:half], budget, stop) + self.sample(rows[half:], budget, stop)
         generators = [torch.Generator().manual_seed(seed) for *_, seed in rows]
-        uniform = torch.stack([torch.rand(budget, dtype=torch.float64, generator=generator)
-                               for generator in generators]).to(self.model.device)  # (R, T)
+        uniform = torch.stack([torch.rand(budget, dtype=torch.float64, generator=g)
+                               for g in generators]).to(self.model.device)  # (R, T)
         samples, running = [([], []) for _ in rows], [True] * len(rows)
-        batch = list(range(len(rows)))  # the rows that are still in the batch
+        batch = list(range(len(rows)))  # rows still in the batch
         with autocast(self.model, self.config):
-            cache, ids, mask = self.run_prompts(rows)
+            cache, mask, logits = self.run_prompts(rows)
             for t in range(budget):
-                token, log_p = draw(next_logits(self.model, ids, mask, cache), uniform[batch, t])
+                token, log_p = draw(logits, uniform[batch, t])
                 for row, i, x in zip(batch, token.tolist(), log_p.tolist()):
                     if running[row]:
                         samples[row][0].append(i)
                         samples[row][1].append(x)
                         running[row] = i not in stop
                 keep = [k for k, row in enumerate(batch) if running[row]]
-                if not keep:
+                if not keep or t + 1 == budget:
                     break
                 if len(keep) <= 0.75 * len(batch):  # seldom: it copies the cache
                     batch, token, mask = [batch[k] for k in keep], token[keep], mask[keep]
                     cache.batch_select_indices(torch.tensor(keep, device=mask.device))
-                ids, mask = token[:, None], F.pad(mask, (0, 1), value=1)
+                mask = F.pad(mask, (0, 1), value=1)
+                logits = next_logits(self.model, token[:, None], mask, cache)
         return samples
 
     def run_prompts(self, rows: list[Row]) -> tuple[Cache, Tensor, Tensor]:
-        """A cache of all prompts without their last tokens, the ids that come next, (R, T),
-        and the mask of both; each part is padded on the left. Equal prompts run once."""
+        """The cache of all rows so far, its mask (R, S), and the logits of what is next (R, V).
+        Equal prompts run once. So do equal rows: rationales repeat. Padding is on the left."""
         device, cache = self.model.device, Cache(layer_class_to_replicate=CastLayer)
-        prompts = list(dict.fromkeys(tuple(prompt) for prompt, *_ in rows))
-        copies = torch.tensor([prompts.index(tuple(prompt)) for prompt, *_ in rows]).to(device)
+        rows = [(tuple(prompt), tuple(so_far)) for prompt, so_far, _ in rows]
+        unique = list(dict.fromkeys(rows))
+        prompts = list(dict.fromkeys(prompt for prompt, _ in unique))
         firsts = [prompt[:-1] for prompt in prompts]
-        rests = [prompt[-1:] + so_far for prompt, so_far, _ in rows]
+        rests = [prompt[-1:] + so_far for prompt, so_far in unique]
         mask, more = (pad([[1] * len(ids) for ids in part], device, "left")
                       for part in (firsts, rests))
         next_logits(self.model, pad(firsts, device, "left"), mask, cache)  # fills the cache
+        copies = torch.tensor([prompts.index(prompt) for prompt, _ in unique]).to(device)
         cache.batch_select_indices(copies)
-        return cache, pad(rests, device, "left"), torch.cat([mask[copies], more], 1)
+        mask = torch.cat([mask[copies], more], 1)
+        logits = next_logits(self.model, pad(rests, device, "left"), mask, cache)
+        copies = torch.tensor([unique.index(row) for row in rows]).to(device)
+        cache.batch_select_indices(copies)
+        return cache, mask[copies], logits[copies]
 
 
 def pad(rows: list[Ids], device: torch.device, side: str = "right") -> Tensor:
@@ -528,11 +533,10 @@ def next_logits(model, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and their log p: (R, V), (R,) -> (R,), (R,)."""
+    """Invert the cumulative distribution: (R, V), (R,) -> tokens, log p: (R,), (R,)."""
     log_p = logits.log_softmax(-1)
     cdf = log_p.double().exp().cumsum(-1)
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
-    token = token.clamp(max=logits.shape[-1] - 1)  # (R, 1)
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:])  # (R, 1)
     return token[:, 0], log_p.gather(1, token)[:, 0]
 
 
@@ -552,7 +556,7 @@ class VLLMRollouts:
         self.llm = vllm.LLM(
             model=path, dtype=config.dtype, max_model_len=max_length, seed=0,
             gpu_memory_utilization=config.gpu_share, enable_prefix_caching=True,
-            # bfloat16 logits would round log-probabilities by 0.06 nats
+            # bfloat16 logits would round log p by 0.06 nats
             hf_overrides={"head_dtype": "float32"},
             generation_config="vllm",  # nothing that changes the distribution
             disable_log_stats=True, use_tqdm_on_load=False, **options)
@@ -579,8 +583,7 @@ class VLLMRollouts:
 # --- 7. The model ---
 def autocast(model, config: Config) -> torch.autocast:
     """bfloat16 arithmetic on float32 weights, if it is asked for."""
-    enabled = config.dtype == "bfloat16"
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
 # what `attention` need not know; `positions` keeps sequences within a sliding window
@@ -644,7 +647,7 @@ def output_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 class TokenLogProbs(torch.autograd.Function):
     """log softmax(hidden weight^T)[target] in nats. Logits are computed in chunks, since all
-    N x V would not fit into memory, and again in the backward pass. That is written by hand,
+    N x V do not fit into memory, and again in the backward pass. That is written by hand,
     because torch.mm(out_dtype=) has no derivative."""
 
     @staticmethod
@@ -916,10 +919,9 @@ def train_step(run: Run, step: int) -> dict:
     # AdamW divides a gradient by its size + eps: below eps a weight hardly moves
     above = [(p.grad.abs() > config.eps).sum().item() for p in run.model.parameters()]
     adamw = config.optimizer == "adamw" and math.isfinite(norm)
-    return row | {"q": config.q, "lr": lr, "grad_norm": norm,
-                  "above_eps": sum(above) / run.model.num_parameters() if adamw else None,
-                  "seconds_rollout": sampled - start,
-                  "seconds_train": time.perf_counter() - sampled}
+    return row | {"q": config.q, "lr": lr, "grad_norm": norm, "seconds_rollout": sampled - start,
+                  "seconds_train": time.perf_counter() - sampled,
+                  "above_eps": sum(above) / run.model.num_parameters() if adamw else None}
 
 
 def mean_of(rows: list[dict]) -> dict:
@@ -950,9 +952,8 @@ def validate(run: Run) -> dict:
 
 def save(run: Run, name: str) -> None:
     """Write a Hugging Face checkpoint with the trainer's state. If the process is killed,
-    the old or the new one is complete."""
+    the old or the new one is whole."""
     def write(folder: Path) -> None:
-        """The files of the checkpoint."""
         run.model.save_pretrained(folder)
         run.engine.template.tokenizer.save_pretrained(folder)
         state = {"step": run.step, "best": run.best, "best_step": run.best_step}
@@ -966,8 +967,7 @@ def save(run: Run, name: str) -> None:
 
 def last_checkpoint(out: Path) -> Path | None:
     """`last`, or `last.old` if the process was killed between two renamings."""
-    whole = [x for x in (out / "last", out / "last.old") if (x / "trainer.pt").is_file()]
-    return whole[0] if whole else None
+    return next((x for x in (out / "last", out / "last.old") if (x / "trainer.pt").is_file()), None)
 
 
 def restore(run: Run, folder: Path) -> None:
@@ -984,7 +984,7 @@ def restore(run: Run, folder: Path) -> None:
 
 # --- 11. The training loop ---
 def positions(model) -> int:
-    """How many tokens the model can see at once."""
+    """How many tokens the model sees at once."""
     layers = DynamicCache(config=model.config).layers
     windows = [layer.sliding_window for layer in layers if layer.is_sliding]
     return min(getattr(model.config, "max_position_embeddings", None) or 10**6, *windows, 10**6)
@@ -1011,7 +1011,7 @@ def load_model(path: str, device: torch.device):
     except Exception as error:  # each library has its own errors
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model {path}: {type(error).__name__}: {reason}") from error
-    # for checkpoints: end tokens, and no sampling settings that could not be saved
+    # for checkpoints: end tokens, and no sampling settings
     model.generation_config = GenerationConfig(eos_token_id=sorted(template.ends))
     return model.to(device).eval(), template  # dropout would change what is scored
 
