@@ -767,7 +767,7 @@ def score(shared: SharedPrompt, group: Group, rows: list[int],
 
 
 def coefficients(log_w: Tensor, group: Group, config: Config) -> Coefficients:
-    """(a, b) of the chosen method, (M,) each. A new one is a line here, and in Config."""
+    """(a, b) of the chosen method, (M,) each. Add a new one above GARL, and in Config."""
     if config.method == "grpo":
         return grpo_coefficients(group.reward)
     if config.method == "paft":

@@ -236,12 +236,13 @@ class Benchmark:
     """Where a benchmark lives, and how its rows become records."""
     hub: str
     config: str | None
-    revision: str
-    files: tuple[str, str, str]  # for train, validation, test; the Hub shares splits likewise
+    revision: str                # a commit there
+    files: tuple[str, str, str]  # train, validation, test. Two the same: test is drawn from it,
+                                 # from the Hub's validation split as well
     home: str                    # where the files are
     sizes: tuple[int, int, int]  # rows in the paper, the most that are taken
     record: Callable[[dict], Record]
-    group: Callable[[dict], str | None] = multi_hop_group
+    group: Callable[[dict], str | None] = multi_hop_group  # stays in one split; None: dropped
     columns: tuple[str, ...] = ("id", "answer")  # what `group` reads on the Hub
 
 
@@ -260,7 +261,7 @@ BENCHMARKS = {
         "StonyBrookNLP/musique on GitHub", (9985, 579, 445), musique_record),
 }
 BENCHMARKS |= {f"{name}-gold": replace(spec, record=partial(spec.record, gold_only=True))
-               for name, spec in BENCHMARKS.items() if name != "finqa"}
+               for name, spec in BENCHMARKS.items() if name in ("hotpotqa", "musique")}
 
 
 def _hub_rows(spec: Benchmark, split: str, hint: str):

@@ -46,9 +46,9 @@ def test_gold_of_one_article(gold):
     ("It cannot be determined", "seemingly in Italy", ("it",), 0),
     ("Let us see", "America", ("us",), 0), ("US.", "America", ("us",), 1),
     ("The answer is US", "America", ("us",), 1), ("all of them", "x", ("them",), 0),
-    ("<think>maybe Paris</think> London", "Paris", (), 0),
+    ("<think>maybe Paris</think> London", "Paris", (), 0), ("I choose D.", "C", (), 0),
     ("<think>Rome</think> Paris", "Paris", (), 1), (r"\boxed{\text{No}}", "no", (), 1),
-    (r"It is \(14.5\%\)", "14.5%", (), 1), ("**0.4**%", "0.4%", (), 1),
+    (r"It is \(14.5\%\)", "14.5%", (), 1), ("**0.4**%", "0.4%", (), 1), ("because", "B", (), 0),
     (r"\boxed{1{,}234}", "1234", (), 1), ("The answer is A.", "A", (), 1)])
 def test_headline(answer, gold, aliases, right):
     """The gold in plain text, or an alias as whole words; short aliases are the whole answer."""
