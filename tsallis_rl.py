@@ -126,9 +126,9 @@ class Config:
             good = value in allowed or type(value) in allowed or (
                 float in allowed and type(value) is int)
             if type(value) in (int, float):
-                least = {"M": 2, "steps": 0, "warmup": 0, "seed": 0}.get(name, 1)
+                least = 0 if float in allowed else dict(M=2, steps=0, warmup=0, seed=0).get(name, 1)
                 most = 1 if name in ("q", "q_end", "gpu_share") else 2**63
-                good &= (0 if float in allowed else least) <= value <= most
+                good &= least <= value <= most
             if not good:
                 raise UserError(f"--{name.replace('_', '-')} cannot be {value!r}")
 
@@ -150,8 +150,7 @@ def resolve(config: Config) -> Config:
     unset = {k for k, v in vars(config).items() if v in (None, "auto")}
     config = replace(config, **{k: preset[k] for k in unset | {"data"} if k in preset})
     folder = absolute(config.model)
-    return replace(config, model=folder if os.path.exists(folder) else config.model,
-                   eval_every=max(1, min(config.eval_every, config.steps)))
+    return replace(config, model=folder if os.path.exists(folder) else config.model)
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -230,7 +229,7 @@ def log_mean(log_w: Tensor) -> Tensor:
 
 
 def log_mean_of_others(log_w: Tensor) -> Tensor:
-    """log wbar_{-m}: (..., M) -> (..., M). M sums: the total minus w_m would lose digits."""
+    """log wbar_{-m}: (..., M) -> (..., M). M new sums: the total minus w_m would lose digits."""
     M = log_w.shape[-1]
     diagonal = torch.eye(M, dtype=torch.bool, device=log_w.device)
     others = log_w.unsqueeze(-2).expand(*log_w.shape, M).masked_fill(diagonal, -math.inf)
@@ -243,7 +242,7 @@ def garl_coefficients(log_w: Tensor, q: float, baseline: bool = True) -> Coeffic
     q = 0: Rao-Blackwellised REINFORCE with a leave-one-out baseline; unbiased.
     q = 1: the IWAE gradient. For q > 0 the bias is O(1/M) (Theorem 6.1).
     baseline=False is the plug-in estimator. Its expectation is the same (Prop. 6.2).
-    Even where every sampled answer would be wrong, w > 0, so the gradient is not 0.
+    w > 0 even where no sampled answer would be right: the gradient is not 0.
     log_w: (..., M), in nats, M >= 2. Returns (a, b) of the same shape.
     """
     M = log_w.shape[-1]
@@ -441,6 +440,8 @@ def generate(engine, prompts: list[Ids], seeds: list[int], n: int, think_budget:
              answer_budget: int) -> list[list[Rollout]]:
     """n rollouts of each prompt: a rationale, the forced tokens, then an answer. GARL and
     PAFT need no sampled answer (answer_budget = 0)."""
+    if not prompts:
+        return []
     template = engine.template
     rows = [(prompt, [], seed + m) for prompt, seed in zip(prompts, seeds) for m in range(n)]
     thoughts = engine.sample(rows, think_budget, template.stop)
@@ -466,9 +467,7 @@ class HFRollouts:
     @torch.no_grad()
     def sample(self, rows: list[Row], budget: int, stop: set[int]) -> list[Sampled]:
         """Continue each row until a token of `stop`, or for `budget` tokens. They are drawn with
-        random numbers from the row's own seed: a row does not depend on its batch."""
-        if not rows:
-            return []
+        random numbers from the row's own seed: up to rounding, its batch does not matter."""
         longest = max(len(prompt + so_far) for prompt, so_far, _ in rows) + budget
         # a cached token takes 1/20 of a trained one's memory: 4 budgets fit easily
         if len(rows) * longest > 4 * self.config.token_budget and len(rows) > 1:
@@ -500,7 +499,7 @@ class HFRollouts:
 
     def run_prompts(self, rows: list[Row]) -> tuple[Cache, Tensor, Tensor]:
         """The cache of all rows so far, its mask (R, S), and the logits of what is next (R, V).
-        Equal prompts run once. So do equal rows: rationales repeat. Padding is on the left."""
+        Equal prompts run once. So do equal rows: rationales repeat. Each part is padded left."""
         device, cache = self.model.device, Cache(layer_class_to_replicate=CastLayer)
         rows = [(tuple(prompt), tuple(so_far)) for prompt, so_far, _ in rows]
         unique = list(dict.fromkeys(rows))
@@ -548,7 +547,7 @@ class VLLMRollouts:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm  # takes seconds
         options = {}
-        if not torch.cuda.is_available():  # vLLM's CPU build: no seeds in chunked prefill
+        if not torch.cuda.is_available():  # its CPU build fails at seeds in chunked prefill
             options = {"enable_chunked_prefill": False,
                        "max_num_batched_tokens": max(8192, max_length)}
         if world() > 1:  # one engine in each process
@@ -607,7 +606,7 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     if flash and mask is None:
         out = F.scaled_dot_product_attention(query, key, value, causal_lower_right(T, S),
                                              scale=scaling, enable_gqa=True)
-    else:  # (R, G, H/G T, d): H/G query heads share a key head; at T = 1 the mask's row, too
+    else:  # (R, G, H/G T, d): H/G query heads share a key head. At T = 1 the mask broadcasts
         if mask is None:
             mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=query.device).tril(S - T)
         rows, mask = query.reshape(R, G, -1, d), mask.repeat(1, 1, H // G if T > 1 else 1, 1)
@@ -616,7 +615,7 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 
 
 AttentionInterface.register("lower_right", attention)
-# a mask where there is padding, else none
+# a mask where the caller gives one, else none
 AttentionMaskInterface.register("lower_right", lambda *shape, attention_mask=None, **more: (
     None if attention_mask is None else sdpa_mask(*shape, attention_mask=attention_mask, **more)))
 
@@ -710,7 +709,7 @@ class SharedPrompt:
         R, T = ids.shape
         cache = Cache(layers=[CastLayer() for _ in self.leaves[::2]])
         for layer, k, v in zip(cache.layers, self.leaves[::2], self.leaves[1::2]):
-            # rows share the prompt's own until the layer appends to them
+            # the rows share one copy until the layer appends to it
             layer.keys, layer.values = (x.to(self.dtype).expand(R, -1, -1, -1) for x in (k, v))
             layer.is_initialized = True
         inputs = F.pad(ids[:, :-1], (1, 0), value=self.last)
@@ -784,8 +783,8 @@ def group_gradient(model, group: Group, config: Config) -> tuple[Tensor, dict]:
     them. Then those with a coefficient that is not 0 run again, with gradients. Returns
     log w (grpo: 0) and the metrics.
     """
-    # Autocast is off here and on inside. Until this context ends it keeps its bfloat16
-    # copies of the weights. The prompt's pass makes them; all other passes use them.
+    # While this outer context lasts, autocast keeps its bfloat16 copies of the weights. The
+    # prompt's pass has to make them: copies made without gradients would train nothing.
     with torch.autocast(model.device.type, enabled=False):
         shared = SharedPrompt(model, group.prompt, config)
         log_w = torch.zeros(config.M, dtype=torch.float64)
@@ -916,7 +915,7 @@ def train_step(run: Run, step: int) -> dict:
             {"step": step, "gold": group.record.answer, "rationale": decode(r.z),
              "scored answer": decode(r.y), "log_w": log_w}
             for r, log_w in zip(group.rollouts[:2], results[0][0].tolist())])
-    # AdamW divides a gradient by its size + eps: below eps a weight hardly moves
+    # AdamW divides by the gradient's size + eps: below eps a weight hardly moves
     above = [(p.grad.abs() > config.eps).sum().item() for p in run.model.parameters()]
     adamw = config.optimizer == "adamw" and math.isfinite(norm)
     return row | {"q": config.q, "lr": lr, "grad_norm": norm, "seconds_rollout": sampled - start,
@@ -987,7 +986,7 @@ def positions(model) -> int:
     """How many tokens the model sees at once."""
     layers = DynamicCache(config=model.config).layers
     windows = [layer.sliding_window for layer in layers if layer.is_sliding]
-    return min(getattr(model.config, "max_position_embeddings", None) or 10**6, *windows, 10**6)
+    return min([getattr(model.config, "max_position_embeddings", None) or 10**6, *windows])
 
 
 def load_model(path: str, device: torch.device):
@@ -1025,7 +1024,7 @@ def make_engine(config: Config, path: str, model, template: Template, examples: 
     rest = config.think_budget + len(template.forced([])) + config.answer_budget
     try:
         return VLLMRollouts(path, template, config, longest + rest)
-    except Exception as error:  # not installed, no GPU, no memory
+    except Exception as error:  # no vLLM, no GPU, no memory
         raise UserError(f"no vLLM: use --rollout hf or another --gpu-share ({error})")
 
 
@@ -1043,7 +1042,8 @@ def start_run(config: Config, out: Path, device: torch.device) -> Run:
     training = [example for example in training if example[1]]
     validation = encode(records[1], config, template, model, training=False)
     engine = make_engine(config, path, model, template, training + validation)
-    run = Run(config, out, model, engine, make_optimizer(model, config), training, validation)
+    short = replace(config, eval_every=min(config.eval_every, config.steps or 1))  # not saved
+    run = Run(short, out, model, engine, make_optimizer(model, config), training, validation)
     if checkpoint:
         restore(run, checkpoint)
     if rank() == 0:
@@ -1094,7 +1094,7 @@ def main(argv: list[str] | None = None) -> None:
         first = run.step + 1 if config.resume else 0
         for step in tqdm(range(first, config.steps + 1), disable=rank() > 0 or None):
             row = {"step": step} | (train_step(run, step) if step > 0 else {})
-            due = step % config.eval_every == 0
+            due = step % run.config.eval_every == 0
             if due:
                 row |= validate(run)
             if rank() == 0:

@@ -48,14 +48,14 @@ def test_folder(tmp_path):
                                                "samples.jsonl", "best", "last"}
     validation = {"step", "val_p@1", "val_p@4", "val_maj@4"}
     assert [row.keys() >= validation for row in rows(run)] == [True, False, True]
+    assert '"eval_every": 40' in (run / "config.json").read_text()  # more steps may follow
     assert rows(run)[0].keys() == validation and len(rows(run, "samples.jsonl")) == 2
     for name in ("best", "last"):
         model = transformers.AutoModelForCausalLM.from_pretrained(run / name)
         assert all(torch.equal(model.state_dict()[k], w) for k, w in weights(run, name).items())
         assert transformers.AutoTokenizer.from_pretrained(run / name).eos_token == "<|im_end|>"
     state = torch.load(run / "last" / "trainer.pt", weights_only=True)["optimizer"]
-    group = state["param_groups"][0]
-    assert group["eps"] == 1e-6 and group["lr"] == pytest.approx(3e-4 * 2 / 5)
+    assert (group := state["param_groups"][0])["eps"] == 1e-6 and group["lr"] == pytest.approx(3e-4 * 2 / 5)
     # asked for a state that is not there, torch makes one by a step: then this is 3
     assert {float(s["step"]) for s in state["state"].values()} == {2.0}
 
