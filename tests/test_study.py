@@ -63,6 +63,7 @@ def test_escape():
                         ([-40, -39, None, -41], None)):
         assert study.escape({"metrics": {"log_P": log_P}}) == step  # older logs have it in row 0
     assert study.median([3, None, 5]) == 5 and study.median([3, None, None]) is None
+    assert study.escape_time(0.1, 1) == pytest.approx(3.086113)  # log(u / (1-u)) + 1 / (1-u)
 
 
 def test_data(tmp_path, monkeypatch):
@@ -76,10 +77,9 @@ def test_data(tmp_path, monkeypatch):
         assert read("bracket", split) == [replace(record, answer="[" + record.answer)
                                           for record in load("ledger", split)]
     clean, noisy = load("ledger", "train")[:100], read("noise30")
-    assert read("noise0") == clean and noisy[30:] == clean[30:]
+    assert read("noise0") == clean and read("noise30", "test") + clean[30:] == noisy
     assert all(one.answer not in other.answer for one, other in zip(clean, noisy[:30]))
     assert {record.answer for record in noisy} <= {record.answer for record in clean}
-    assert read("noise30", "test") == noisy[:30]
     assert read("noise30", "validation") == load("ledger", "validation")
     assert read("noise10-bracket")[10:] == read("bracket")[10:100]
 
