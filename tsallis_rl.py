@@ -431,7 +431,7 @@ def seed_of(*key) -> int:
 
 
 # --- 6. Rollouts ---
-# At temperature 1 from the whole vocabulary: `token_log_probs` scores this distribution.
+# At temperature 1 from the whole vocabulary, as `token_log_probs` scores, up to rounding.
 Sampled = tuple[Ids, list[float]]  # ids and their log-probabilities
 Row = tuple[Ids, Ids, int]  # a prompt, its response so far, a seed
 
