@@ -615,7 +615,7 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 
 
 AttentionInterface.register("lower_right", attention)
-# a mask where the caller gives one, else none
+# no mask where the caller gives none
 AttentionMaskInterface.register("lower_right", lambda *shape, attention_mask=None, **more: (
     None if attention_mask is None else sdpa_mask(*shape, attention_mask=attention_mask, **more)))
 
