@@ -627,8 +627,8 @@ def print_real(table: str) -> None:
     """A row per method and variant of a language model on real rows."""
     print(f"\n{table}: percent of held-out rows, best checkpoint; means and ranges of the seeds\n")
     names = ("p@1", "p@16", "maj@16", "exact maj@16", "em", "f1")
-    print_head("run", *names, "maj@16 over base", "log P start", "log P end", "tokens", "minutes",
-               "GB")
+    print_head("run", "validation maj@16: means by step", *names, "maj@16 over base",
+               "log P start", "log P end", "tokens", "minutes", "GB")
     groups = by_variant(table)
     for name, lines in groups.items():
         start = name.split()[1].split(",")[0]
@@ -637,7 +637,8 @@ def print_real(table: str) -> None:
         metrics = [line["metrics"] for line in lines]
         log_P = [m["log_P"] for m in metrics if "log_P" in m]
         tokens = [m["rationale_tokens"][-1] for m in metrics if "rationale_tokens" in m]
-        print_row(name, *tests, gain(lines, base), spread([first(x) for x in log_P], ".1f"),
+        steps = ", ".join(f"{fmean(at):.0f}" for at in validation(lines))
+        print_row(name, steps, *tests, gain(lines, base), spread([first(x) for x in log_P], ".1f"),
                   spread([x[-1] for x in log_P], ".1f"), spread(tokens),
                   spread([line["seconds"] / 60 for line in lines]),
                   spread([line["peak_GB"] for line in lines], ".1f"))
