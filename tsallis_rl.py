@@ -90,7 +90,7 @@ class Config:
     M: int = setting(32, "rollouts per prompt")
     K: int | None = setting(None, "PAFT alone: rationales resampled; None is M")
     # model and data
-    data: str = setting("ledger", "ledger (ours), finqa, hotpotqa, musique, NAME:PATH or PATH")
+    data: str = setting("ledger", "ledger (ours), finqa, hotpotqa, musique, finqa:PATH ..., PATH")
     start: Literal["warm", "cold"] = setting("warm", "prompt with or without instructions")
     model: str | None = setting(None, "Hugging Face folder or Hub id*")
     limit: int | None = setting(None, "use only this many records of each split")
@@ -133,7 +133,7 @@ class Config:
                 raise UserError(f"--{name.replace('_', '-')} cannot be {value!r}")
 
 
-MAY_CHANGE = {"resume", "steps", "rollout", "token_budget", "gpu_share"}  # on --resume
+MAY_CHANGE = {"resume", "steps", "rollout", "token_budget", "gpu_share"}  # by --resume
 GAP_BOUND = {"float32": 1e-3, "bfloat16": 0.2}  # nats a token, between sampler and trainer
 
 
@@ -143,7 +143,7 @@ def absolute(path: str) -> str:
 
 
 def resolve(config: Config) -> Config:
-    """Fill in what is None or "auto"; make paths absolute."""
+    """Fill in what is None or "auto"; make paths absolute (`defaults` does for data)."""
     preset = defaults(config.data) | {"K": config.M, "q_end": config.q}
     if config.dtype == "auto":
         preset["dtype"] = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -242,7 +242,7 @@ def garl_coefficients(log_w: Tensor, q: float, baseline: bool = True) -> Coeffic
     q = 0: Rao-Blackwellised REINFORCE with a leave-one-out baseline; unbiased.
     q = 1: the IWAE gradient. For q > 0 the bias is O(1/M) (Theorem 6.1).
     baseline=False is the plug-in estimator. Its expectation is the same (Prop. 6.2).
-    w > 0 even where no sampled answer would be right: the gradient is not 0.
+    w > 0 even where no sampled answer is right: no 0 gradient, unless it underflows.
     log_w: (..., M), in nats, M >= 2. Returns (a, b) of the same shape.
     """
     M = log_w.shape[-1]
@@ -273,7 +273,7 @@ def paft_coefficients(log_w: Tensor, q: float, n: Tensor) -> Coefficients:
 
 
 def grpo_coefficients(reward: Tensor) -> Coefficients:
-    """For comparison: GRPO on sampled answers, reward 0 or 1. reward: (..., M); M >= 2.
+    """For comparison: GRPO on sampled answers, reward 0 or 1. reward: (..., M).
 
     All 0 where the rewards of a prompt agree: a model that never succeeds gets no
     gradient. No KL term, no division by length, no ratio (it is 1 in a batch's only update).
@@ -331,13 +331,13 @@ def say(text: str) -> None:
 
 # --- 5. Prompts and sequences: prompt | z | </think> | "\n\n" | answer | end token ---
 # Joined as token ids: decoding could change them. A </think> that ends a sample belongs to z
-# and is scored. Where z does not end with it, it is forced after z, and not scored.
+# and is scored. Else it is forced after z, and not scored.
 CLOSE, SEPARATOR = "</think>", "\n\n"
 
 
 class Template:
     """Turns text into token ids around the rationale, and back. `end` is what the chat
-    template puts after an answer, or else the tokenizer's end token. `ends` stop a sample;
+    template puts after an answer, or else the tokenizer's end token. `ends` stop samples;
     those of the model's generation config are among them."""
 
     def __init__(self, tokenizer, ends: Iterable[int] = ()):
@@ -402,7 +402,7 @@ Example = tuple[Record, Ids]  # a record and its prompt, [] where the sequence i
 def encode(records: list[Record], config: Config, template: Template, model,
            training: bool) -> list[Example]:
     """The records with their prompts. One that is too long for --prompt-limit or for the
-    model's positions becomes []."""
+    model's positions, or has one token, becomes []."""
     examples, changed, forced = [], 0, template.forced([])
     vocabulary, length = len(model.get_input_embeddings().weight), positions(model)
     for record in records:
@@ -414,7 +414,7 @@ def encode(records: list[Record], config: Config, template: Template, model,
                             f"tokens {control}, or with tokens that the model lacks")
         answer = max(config.answer_budget, len(gold) if training else 0)
         room = length - config.think_budget - len(forced) - answer
-        fits = 2 <= len(prompt) <= min(config.prompt_limit, room)  # 2: see SharedPrompt.last
+        fits = 2 <= len(prompt) <= min(config.prompt_limit, room)  # 2: prompt[:-1] runs alone
         examples.append((record, prompt if fits else []))
         changed += not exact_match(template.text(gold), record.answer)
     kept = sum(bool(prompt) for _, prompt in examples)
@@ -535,7 +535,7 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Invert the cumulative distribution: (R, V), (R,) -> tokens, log p: (R,), (R,)."""
     log_p = logits.log_softmax(-1)
     cdf = log_p.double().exp().cumsum(-1)
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:])  # (R, 1)
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:]).clamp(max=cdf.shape[1] - 1)
     return token[:, 0], log_p.gather(1, token)[:, 0]
 
 
@@ -563,7 +563,7 @@ class VLLMRollouts:
         self.dtype = getattr(torch, config.dtype)
 
     def sync(self, model) -> None:
-        """Copy the trainer's weights; forget the keys and values of the old ones."""
+        """Copy the trainer's weights; forget the old keys and values."""
         weights = ((name, w.to(self.dtype)) for name, w in model.state_dict().items())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self.llm.reset_prefix_cache():
@@ -585,7 +585,7 @@ def autocast(model, config: Config) -> torch.autocast:
     return torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
-# what `attention` need not know; `positions` keeps sequences within a sliding window
+# not needed; `positions` keeps sequences within a sliding window
 IGNORED = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_position",
            "use_cache", "output_attentions", "output_router_logits"}
 
@@ -606,7 +606,7 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     if flash and mask is None:
         out = F.scaled_dot_product_attention(query, key, value, causal_lower_right(T, S),
                                              scale=scaling, enable_gqa=True)
-    else:  # (R, G, H/G T, d): H/G query heads share a key head. At T = 1 the mask broadcasts
+    else:  # (R, G, H/G T, d): queries of a key head in one: no copies. T = 1: mask broadcasts
         if mask is None:
             mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=query.device).tril(S - T)
         rows, mask = query.reshape(R, G, -1, d), mask.repeat(1, 1, H // G if T > 1 else 1, 1)
@@ -779,9 +779,9 @@ def coefficients(log_w: Tensor, group: Group, config: Config) -> Coefficients:
 def group_gradient(model, group: Group, config: Config) -> tuple[Tensor, dict]:
     """Add 1/B of the gradient of one prompt's surrogate loss to .grad (Algorithms 1, 2).
 
-    All rollouts are scored first, without gradients: the coefficients need the w of all of
-    them. Then those with a coefficient that is not 0 run again, with gradients. Returns
-    log w (grpo: 0) and the metrics.
+    Except for grpo, all rollouts are scored first, without gradients: the coefficients need
+    the w of all. Then those with a coefficient that is not 0 run again, with gradients.
+    Returns log w (grpo: 0) and the metrics.
     """
     # While this outer context lasts, autocast keeps its bfloat16 copies of the weights. The
     # prompt's pass has to make them: copies made without gradients would train nothing.
@@ -915,7 +915,7 @@ def train_step(run: Run, step: int) -> dict:
             {"step": step, "gold": group.record.answer, "rationale": decode(r.z),
              "scored answer": decode(r.y), "log_w": log_w}
             for r, log_w in zip(group.rollouts[:2], results[0][0].tolist())])
-    # AdamW divides by the gradient's size + eps: below eps a weight hardly moves
+    # AdamW divides by the gradient's size + eps: below, a weight hardly moves
     above = [(p.grad.abs() > config.eps).sum().item() for p in run.model.parameters()]
     adamw = config.optimizer == "adamw" and math.isfinite(norm)
     return row | {"q": config.q, "lr": lr, "grad_norm": norm, "seconds_rollout": sampled - start,
@@ -1007,7 +1007,7 @@ def load_model(path: str, device: torch.device):
         model.set_attn_implementation("lower_right")
         if report["missing_keys"] or not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError(f"weights are not finite, or missing: {report['missing_keys']}")
-    except Exception as error:  # each library has its own errors
+    except Exception as error:  # every library has its own
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model {path}: {type(error).__name__}: {reason}") from error
     # for checkpoints: end tokens, and no sampling settings
@@ -1024,12 +1024,12 @@ def make_engine(config: Config, path: str, model, template: Template, examples: 
     rest = config.think_budget + len(template.forced([])) + config.answer_budget
     try:
         return VLLMRollouts(path, template, config, longest + rest)
-    except Exception as error:  # no vLLM, no GPU, no memory
+    except Exception as error:
         raise UserError(f"no vLLM: use --rollout hf or another --gpu-share ({error})")
 
 
 def start_run(config: Config, out: Path, device: torch.device) -> Run:
-    """Load everything: a new run, or the one that --resume names."""
+    """Load everything. A run that is shorter than --eval-every is validated at its end."""
     limit = min((n for n in (config.limit, config.eval_limit) if n), default=None)
     records = load(config.data, "train", config.limit), load(config.data, "validation", limit)
     digest = hashlib.sha256(repr(records).encode()).hexdigest()

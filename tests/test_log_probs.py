@@ -171,5 +171,5 @@ def test_draw():
     token, log_p = draw(p.log().expand(1000, 5), uniform)
     assert torch.bincount(token, minlength=5).tolist() == [100, 0, 400, 200, 300]
     torch.testing.assert_close(log_p, p.log()[token], rtol=0, atol=1e-12)
-    edges = draw(p.log().expand(2, 5), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
-    assert edges[0].tolist() == [0, 4]
+    edges = torch.tensor([0.0, 1 - 2**-53, 0.5], dtype=torch.float64)  # and not a number
+    assert draw(torch.stack([p.log(), p.log(), p / 0 * 0]), edges)[0].tolist() == [0, 4, 4]
