@@ -133,7 +133,7 @@ class Config:
                 raise UserError(f"--{name.replace('_', '-')} cannot be {value!r}")
 
 
-MAY_CHANGE = {"resume", "steps", "rollout", "token_budget", "gpu_share"}  # by --resume
+MAY_CHANGE = {"resume", "out", "steps", "rollout", "token_budget", "gpu_share"}  # by --resume
 GAP_BOUND = {"float32": 1e-3, "bfloat16": 0.2}  # nats a token, between sampler and trainer
 
 
@@ -209,7 +209,7 @@ def tsallis_loss(log_P: Tensor | float, q: float) -> Tensor:
 #
 #     method               a_m                         b_m                      answer y
 #     garl                 c_m / (M M^q)               w_m / (wbar^q M M^q)     gold
-#     plug-in (no method)  w_m / (wbar^q M M^q)        same                     gold
+#     plug-in (no flag)    w_m / (wbar^q M M^q)        same                     gold
 #     garl-score           c_m / (M M^q)               0                        gold
 #     paft                 wbar^(1-q) n_m / (K M^q)    same; m drawn n_m times  gold
 #     grpo                 (r_m - mean r) / std r / M  same; r_m = [y_m = y*]   sampled
@@ -242,7 +242,7 @@ def garl_coefficients(log_w: Tensor, q: float, baseline: bool = True) -> Coeffic
     q = 0: Rao-Blackwellised REINFORCE with a leave-one-out baseline; unbiased.
     q = 1: the IWAE gradient. For q > 0 the bias is O(1/M) (Theorem 6.1).
     baseline=False is the plug-in estimator. Its expectation is the same (Prop. 6.2).
-    w > 0 even where no sampled answer is right: no 0 gradient, unless it underflows.
+    w > 0 even where no sampled answer is right: a and b are 0 only by underflow.
     log_w: (..., M), in nats, M >= 2. Returns (a, b) of the same shape.
     """
     M = log_w.shape[-1]
@@ -291,7 +291,7 @@ def start_processes() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for every shape
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
@@ -330,8 +330,8 @@ def say(text: str) -> None:
 
 
 # --- 5. Prompts and sequences: prompt | z | </think> | "\n\n" | answer | end token ---
-# Joined as token ids: decoding could change them. A </think> that ends a sample belongs to z
-# and is scored. Else it is forced after z, and not scored.
+# Joined as token ids: decoding could change them. A </think> or an end token that stops a
+# sample belongs to z and is scored. Without it, </think> is forced, and not scored.
 CLOSE, SEPARATOR = "</think>", "\n\n"
 
 
@@ -426,7 +426,7 @@ def encode(records: list[Record], config: Config, template: Template, model,
 
 
 def seed_of(*key) -> int:
-    """A seed from (run seed, step, ...): a resumed run draws the same numbers."""
+    """48 bits from (run seed, step, ...): a resumed run draws the same numbers."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=6).digest(), "big")
 
 
@@ -462,14 +462,14 @@ class HFRollouts:
         self.model, self.template, self.config = model, template, config
 
     def sync(self, model) -> None:
-        """Nothing to do."""
+        """Nothing."""
 
     @torch.no_grad()
     def sample(self, rows: list[Row], budget: int, stop: set[int]) -> list[Sampled]:
         """Continue each row until a token of `stop`, or for `budget` tokens. They are drawn with
         random numbers from the row's own seed: up to rounding, its batch does not matter."""
         longest = max(len(prompt + so_far) for prompt, so_far, _ in rows) + budget
-        # a cached token takes 1/20 of a trained one's memory: 4 budgets fit easily
+        # a cached token takes 1/20 of a trained one's memory: 4 budgets fit
         if len(rows) * longest > 4 * self.config.token_budget and len(rows) > 1:
             half = len(rows) // 2
             return self.sample(rows[:half], budget, stop) + self.sample(rows[half:], budget, stop)

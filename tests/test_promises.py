@@ -214,7 +214,7 @@ def test_other_settings(run):
                 parse(argv)
         elif f.name != "resume":
             parse(argv)
-    assert MAY_CHANGE == {"resume", "steps", "rollout", "token_budget", "gpu_share"}
+    assert MAY_CHANGE == {"resume", "out", "steps", "rollout", "token_budget", "gpu_share"}
 
 
 def test_paths(run, whole, tmp_path, monkeypatch):
