@@ -133,8 +133,8 @@ class Config:
                 raise UserError(f"--{name.replace('_', '-')} cannot be {value!r}")
 
 
-MAY_CHANGE = {"resume", "out", "steps", "rollout", "token_budget", "gpu_share"}  # by --resume
-GAP_BOUND = {"float32": 1e-3, "bfloat16": 0.2}  # nats a token, between sampler and trainer
+MAY_CHANGE = {"resume", "out", "steps", "rollout", "token_budget", "gpu_share"}  # on resume
+GAP_BOUND = {"float32": 1e-3, "bfloat16": 0.2}  # nats a token between sampler and trainer
 
 
 def absolute(path: str) -> str:
