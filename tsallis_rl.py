@@ -242,7 +242,7 @@ def garl_coefficients(log_w: Tensor, q: float, baseline: bool = True) -> Coeffic
     q = 0: Rao-Blackwellised REINFORCE with a leave-one-out baseline; unbiased.
     q = 1: the IWAE gradient. For q > 0 the bias is O(1/M) (Theorem 6.1).
     baseline=False is the plug-in estimator. Its expectation is the same (Prop. 6.2).
-    w > 0 even where no sampled answer is right: a and b are 0 only by underflow.
+    w > 0 even where no sampled answer is right, so b is 0 only by underflow.
     log_w: (..., M), in nats, M >= 2. Returns (a, b) of the same shape.
     """
     M = log_w.shape[-1]
@@ -462,7 +462,7 @@ class HFRollouts:
         self.model, self.template, self.config = model, template, config
 
     def sync(self, model) -> None:
-        """Nothing."""
+        """Nothing to do."""
 
     @torch.no_grad()
     def sample(self, rows: list[Row], budget: int, stop: set[int]) -> list[Sampled]:
@@ -585,7 +585,7 @@ def autocast(model, config: Config) -> torch.autocast:
     return torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
-# not needed; `positions` keeps sequences within a sliding window
+# what `attention` need not know; `positions` keeps sequences within a sliding window
 IGNORED = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_position",
            "use_cache", "output_attentions", "output_router_logits"}
 
@@ -606,7 +606,7 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     if flash and mask is None:
         out = F.scaled_dot_product_attention(query, key, value, causal_lower_right(T, S),
                                              scale=scaling, enable_gqa=True)
-    else:  # (R, G, H/G T, d): queries of a key head in one: no copies. T = 1: mask broadcasts
+    else:  # (R, G, H/G T, d): no copies of keys for their H/G heads. T = 1: mask broadcasts
         if mask is None:
             mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=query.device).tril(S - T)
         rows, mask = query.reshape(R, G, -1, d), mask.repeat(1, 1, H // G if T > 1 else 1, 1)
@@ -893,7 +893,6 @@ def train_step(run: Run, step: int) -> dict:
     start = time.perf_counter()
     groups = sample_groups(run, step)
     sampled = time.perf_counter()
-
     run.optimizer.zero_grad()
     results = [group_gradient(run.model, group, config) for group in groups]
     row = mean_of(gather([metrics for _, metrics in results]))
@@ -915,7 +914,7 @@ def train_step(run: Run, step: int) -> dict:
             {"step": step, "gold": group.record.answer, "rationale": decode(r.z),
              "scored answer": decode(r.y), "log_w": log_w}
             for r, log_w in zip(group.rollouts[:2], results[0][0].tolist())])
-    # AdamW divides by the gradient's size + eps: below, a weight hardly moves
+    # AdamW divides by the gradient's size + eps: below eps a weight hardly moves
     above = [(p.grad.abs() > config.eps).sum().item() for p in run.model.parameters()]
     adamw = config.optimizer == "adamw" and math.isfinite(norm)
     return row | {"q": config.q, "lr": lr, "grad_norm": norm, "seconds_rollout": sampled - start,
@@ -953,6 +952,7 @@ def save(run: Run, name: str) -> None:
     """Write a Hugging Face checkpoint with the trainer's state. If the process is killed,
     the old or the new one is whole."""
     def write(folder: Path) -> None:
+        """The files of a checkpoint."""
         run.model.save_pretrained(folder)
         run.engine.template.tokenizer.save_pretrained(folder)
         state = {"step": run.step, "best": run.best, "best_step": run.best_step}
@@ -1007,7 +1007,7 @@ def load_model(path: str, device: torch.device):
         model.set_attn_implementation("lower_right")
         if report["missing_keys"] or not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError(f"weights are not finite, or missing: {report['missing_keys']}")
-    except Exception as error:  # every library has its own
+    except Exception as error:  # every library has its own errors
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model {path}: {type(error).__name__}: {reason}") from error
     # for checkpoints: end tokens, and no sampling settings
@@ -1032,9 +1032,10 @@ def start_run(config: Config, out: Path, device: torch.device) -> Run:
     """Load everything. A run that is shorter than --eval-every is validated at its end."""
     limit = min((n for n in (config.limit, config.eval_limit) if n), default=None)
     records = load(config.data, "train", config.limit), load(config.data, "validation", limit)
-    digest = hashlib.sha256(repr(records).encode()).hexdigest()
+    about = {"settings": asdict(config),
+             "data": hashlib.sha256(repr(records).encode()).hexdigest()}
     checkpoint = last_checkpoint(out) if config.resume else None
-    if checkpoint and read_json(out / "config.json").get("data") != digest:
+    if checkpoint and read_json(out / "config.json").get("data") != about["data"]:
         raise UserError(f"--resume {out}: its records have changed")
     path = str(checkpoint or config.model)
     model, template = load_model(path, device)
@@ -1042,12 +1043,11 @@ def start_run(config: Config, out: Path, device: torch.device) -> Run:
     training = [example for example in training if example[1]]
     validation = encode(records[1], config, template, model, training=False)
     engine = make_engine(config, path, model, template, training + validation)
-    short = replace(config, eval_every=min(config.eval_every, config.steps or 1))  # not saved
-    run = Run(short, out, model, engine, make_optimizer(model, config), training, validation)
+    config = replace(config, eval_every=min(config.eval_every, config.steps or 1))
+    run = Run(config, out, model, engine, make_optimizer(model, config), training, validation)
     if checkpoint:
         restore(run, checkpoint)
     if rank() == 0:
-        about = {"settings": asdict(config), "data": digest}
         write_text(out / "config.json", json.dumps(about, indent=2))
     shown = training[0][1] + template.forced([]) + template.gold(training[0][0].answer)
     say(f"run {out} on {device}, {type(engine).__name__}, settings in config.json\n"
