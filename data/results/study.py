@@ -399,6 +399,31 @@ def log_weights(engine, record, prompt: list[int], rationales: list):
         return t.score(shared, group, list(range(len(rollouts))), y_alone=True)[1].cpu()
 
 
+def share() -> None:
+    """Prints log P of 64 training rows of HotpotQA at the cold start (8 rationales each), and how
+    much of a batch of four is its likeliest row: a row's gradient has the weight P^(1-q)."""
+    import torch
+    import tsallis_rl as t
+    from data import load
+    command = dict(tables()["hotpotqa"])["garl cold,lr=5e-5 q=0 seed=0"]
+    config = t.parse(os.path.expandvars(command).split())
+    engine, examples = load_engine(config, config.model, load(config.data, "train"))
+    examples = [(record, prompt) for record, prompt in examples if prompt][:64]
+    seeds = [t.seed_of(config.seed, "share", i) for i in range(len(examples))]
+    prompts = [prompt for _, prompt in examples]
+    pools = t.generate(engine, prompts, seeds, config.M, config.think_budget, 0)
+    log_w = torch.stack([log_weights(engine, *example, [rollout.z for rollout in pool])
+                         for example, pool in zip(examples, pools)])
+    log_P = log_w.double().logsumexp(1) - math.log(config.M)
+    low, high = log_P.min(), log_P.max()
+    print(f"log P of {len(log_P)} rows: mean {log_P.mean():.1f}, {low:.1f} to {high:.1f}")
+    torch.manual_seed(config.seed)
+    batches = log_P[torch.rand(2000, len(log_P)).argsort()[:, :4]]
+    for q in (0, 0.25, 0.5, 0.75, 1):
+        largest = ((1 - q) * batches).softmax(1).amax(1)
+        print(f"q = {q:g}: the likeliest of four has {100 * largest.median():.0f}% of the weight")
+
+
 # --- 4. When a start is passed --------------------------------------------------------
 # GARL's gradient of weight i is s g_i. Here g is the gradient at q = 1, which is
 # grad log P / M, and s = (M P)^(1-q). AdamW divides the gradient by its own size, so s
@@ -819,25 +844,26 @@ def figures() -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
-    known = ["data", "predict", "variance", *tables()]
+    known = ["data", "predict", "variance", "share", *tables()]
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(known))
     parser.add_argument("--only", default="", help="only runs with all these words in the name")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--model", help="hotpotqa, musique: folder of SmolLM2-135M-Instruct")
-    parser.add_argument("--official", help="hotpotqa, musique: folder with the official files")
+    parser.add_argument("--model", help="of real rows: folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--official", help="of real rows: folder with the official files")
     parser.add_argument("--figures", action="store_true", help="print tables, draw figures")
     given = parser.parse_args()
     if unknown := set(given.tables) - set(known):
         parser.error(f"no such table: {', '.join(sorted(unknown))}")
-    if {"hotpotqa", "musique"} & set(given.tables) and not (given.model and given.official):
-        parser.error("hotpotqa and musique need --model and --official")
+    of_real_rows = {"share", "hotpotqa", "musique"}
+    if of_real_rows & set(given.tables) and not (given.model and given.official):
+        parser.error(f"{', '.join(sorted(of_real_rows))} need --model and --official")
     if given.model and given.official:
         os.environ |= {"MODEL": os.path.abspath(given.model),
                        "OFFICIAL": os.path.abspath(given.official)}
     os.chdir(ROOT)
     if given.tables:
         make_data()
-    for name, measure in (("predict", predict), ("variance", variance)):
+    for name, measure in (("predict", predict), ("variance", variance), ("share", share)):
         if name in given.tables:
             measure()
     todo = [(table, *job) for table in given.tables for job in tables().get(table, ())]
