@@ -740,7 +740,7 @@ def learning_figure(pyplot) -> None:
             axis.annotate(label, (step, height), (6, 0), textcoords="offset points",
                           color=color, va="center", annotation_clip=False)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set(ylabel="correct by majority of 16 (%)")
+    axes[0].set(ylabel="correct by majority of 16 (%)\nline: mean of the seeds, band: range")
     figure.savefig(RESULTS / "learning.png", dpi=110)
 
 
