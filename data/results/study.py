@@ -495,11 +495,14 @@ def predicted(optimizer: str, start: dict, q: float, M: int = 16, steps: int = 1
     return None
 
 
-def escape(line: dict) -> int | None:
-    """The first step at which log P is half of the way from its start to 0. None: never."""
-    log_P = line["metrics"]["log_P"]
-    half = first(log_P) / 2
-    return next((step for step, x in enumerate(log_P) if x is not None and x > half), None)
+def escape(line: dict, window: int = 1) -> int | None:
+    """The first step at which log P is half of the way from its start to 0. None: never. window:
+    how many steps are averaged, because on real rows log P differs from batch to batch."""
+    points = [(step, x) for step, x in enumerate(line["metrics"]["log_P"]) if x is not None]
+    ends = range(window, len(points) + 1)
+    means = [fmean(x for _, x in points[end - window:end]) for end in ends]
+    passed = (end for end, mean in zip(ends, means) if mean > means[0] / 2)
+    return next((points[end - 1][0] for end in passed), None)
 
 
 def median(steps: list) -> int | None:
@@ -653,7 +656,8 @@ def print_real(table: str) -> None:
     print(f"\n{table}: percent of held-out rows, best checkpoint; means and ranges of the seeds\n")
     names = ("p@1", "p@16", "maj@16", "exact maj@16", "em", "f1")
     print_head("run", "validation maj@16: means by step", *names, "maj@16 over base",
-               "log P start", "log P end", "tokens", "minutes", "GB")
+               "log P start", "log P end", "half way at step", "gradient's norm", "tokens",
+               "minutes", "GB")
     groups = by_variant(table)
     for name, lines in groups.items():
         start = name.split()[1].split(",")[0]
@@ -662,9 +666,12 @@ def print_real(table: str) -> None:
         metrics = [line["metrics"] for line in lines]
         log_P = [m["log_P"] for m in metrics if "log_P" in m]
         tokens = [m["rationale_tokens"][-1] for m in metrics if "rationale_tokens" in m]
+        half = [escape(line, 5) for line in lines if "log_P" in line["metrics"]]
+        norms = [x for m in metrics for x in m.get("grad_norm", ()) if x is not None]
         steps = ", ".join(f"{fmean(at):.0f}" for at in validation(lines))
         print_row(name, steps, *tests, gain(lines, base), spread([first(x) for x in log_P], ".1f"),
-                  spread([x[-1] for x in log_P], ".1f"), spread(tokens),
+                  spread([x[-1] for x in log_P], ".1f"), ", ".join(map(str, half)),
+                  f"{min(norms):.0e} to {max(norms):.0e}" if norms else "-", spread(tokens),
                   spread([line["seconds"] / 60 for line in lines]),
                   spread([line["peak_GB"] for line in lines], ".1f"))
     print("\nseed 0: log P after own, empty and another's z; gold in z: percent of own ones\n")
