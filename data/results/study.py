@@ -666,7 +666,7 @@ def print_real(table: str) -> None:
         metrics = [line["metrics"] for line in lines]
         log_P = [m["log_P"] for m in metrics if "log_P" in m]
         tokens = [m["rationale_tokens"][-1] for m in metrics if "rationale_tokens" in m]
-        half = [escape(line, 5) for line in lines if "log_P" in line["metrics"]]
+        half = [escape(line, 5) or "never" for line in lines if "log_P" in line["metrics"]]
         norms = [x for m in metrics for x in m.get("grad_norm", ()) if x is not None]
         steps = ", ".join(f"{fmean(at):.0f}" for at in validation(lines))
         print_row(name, steps, *tests, gain(lines, base), spread([first(x) for x in log_P], ".1f"),
