@@ -745,7 +745,7 @@ def learning_figure(pyplot) -> None:
             axis.annotate(label, (step, height), (6, 0), textcoords="offset points",
                           color=color, va="center", annotation_clip=False)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set(ylabel="correct by majority of 16 (%)\nline: mean of the seeds, band: range")
+    axes[0].set(ylabel="correct by majority of 16 (%)\nline: mean of three seeds, band: range")
     figure.savefig(RESULTS / "learning.png", dpi=110)
 
 
@@ -765,7 +765,7 @@ def real_figure(pyplot) -> None:
             axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(title="mean log P of the step's prompts")
     axes[1].set(title="share of weights with a gradient above eps", ylim=(0, 1))
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, loc="upper left")
     figure.savefig(RESULTS / "real.png", dpi=100)
 
 
@@ -821,7 +821,7 @@ def family_figure(pyplot) -> None:
     axes[0].set(title=r"Loss $\ell_q = (1 - P^{1-q}) / (1 - q)$", xlabel="P", ylim=(0, 4.5))
     axes[1].set(title=r"Weight of the RL gradient, $P^{-q}$", xlabel="P")
     axes[2].set(title=r"Time from $p_0$ to $P = 1/2$ (eq. 15)", xlabel=r"$p_0$")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, loc="upper left")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(RESULTS / "family.png", dpi=100)
