@@ -365,23 +365,29 @@ def evaluate_real(command: str, out: Path) -> dict:
     return lines
 
 
+def with_rationales(config, model: str, records: list, count: int, n: int, key: str) -> tuple:
+    """A checkpoint as a sampler, the first `count` records that fit with their prompts, and n
+    rationales for each."""
+    import tsallis_rl as t
+    engine, examples = load_engine(config, model, records)
+    examples = [(record, prompt) for record, prompt in examples if prompt][:count]
+    seeds = [t.seed_of(config.seed, key, i) for i in range(count)]
+    prompts = [prompt for _, prompt in examples]
+    pools = t.generate(engine, prompts, seeds, n, config.think_budget, 0)
+    return engine, examples, [[rollout.z for rollout in pool] for pool in pools]
+
+
 def swap_rationales(config, model: str) -> dict[str, float]:
     """Means over 16 held-out rows: log P of the gold answer after four rationales of the model's
     own, after an empty one, and after four of the next row's; the share of the model's own
     rationales that contain the gold answer, in percent."""
     import tsallis_rl as t
-    engine, examples = load_engine(config, model, held_out(config))
-    examples = [(record, prompt) for record, prompt in examples if prompt][:16]
-    seeds = [t.seed_of(config.seed, "swap", i) for i in range(len(examples))]
-    prompts = [prompt for _, prompt in examples]
-    pools = t.generate(engine, prompts, seeds, 4, config.think_budget, 0)
-    own = [[rollout.z for rollout in pool] for pool in pools]
+    engine, examples, own = with_rationales(config, model, held_out(config), 16, 4, "swap")
     rows = defaultdict(list)
     for i, example in enumerate(examples):
         kinds = {"own": own[i], "empty": [[]], "another's": own[(i + 1) % len(own)]}
         for name, rationales in kinds.items():
-            log_w = log_weights(engine, *example, rationales)
-            rows[name].append((log_w.logsumexp(0) - math.log(len(log_w))).item())
+            rows[name].append(t.log_mean(log_weights(engine, *example, rationales)).item())
         gold, texts = example[0].answer.lower(), [engine.template.text(z).lower() for z in own[i]]
         rows["gold in z"].append(100 * fmean(gold in text for text in texts))
     return {name: round(fmean(values), 2) for name, values in rows.items()}
@@ -407,14 +413,10 @@ def share() -> None:
     from data import load
     command = dict(tables()["hotpotqa"])["garl cold,lr=5e-5 q=0 seed=0"]
     config = t.parse(os.path.expandvars(command).split())
-    engine, examples = load_engine(config, config.model, load(config.data, "train"))
-    examples = [(record, prompt) for record, prompt in examples if prompt][:64]
-    seeds = [t.seed_of(config.seed, "share", i) for i in range(len(examples))]
-    prompts = [prompt for _, prompt in examples]
-    pools = t.generate(engine, prompts, seeds, config.M, config.think_budget, 0)
-    log_w = torch.stack([log_weights(engine, *example, [rollout.z for rollout in pool])
-                         for example, pool in zip(examples, pools)])
-    log_P = log_w.double().logsumexp(1) - math.log(config.M)
+    rows = load(config.data, "train")
+    engine, *pairs = with_rationales(config, config.model, rows, 64, config.M, "share")
+    log_w = torch.stack([log_weights(engine, *example, own) for example, own in zip(*pairs)])
+    log_P = t.log_mean(log_w.double())[:, 0]
     low, high = log_P.min(), log_P.max()
     print(f"log P of {len(log_P)} rows: mean {log_P.mean():.1f}, {low:.1f} to {high:.1f}")
     torch.manual_seed(config.seed)
@@ -499,10 +501,10 @@ def escape(line: dict, window: int = 1) -> int | None:
     """The first step at which log P is half of the way from its start to 0. None: never. window:
     how many steps are averaged, because on real rows log P differs from batch to batch."""
     points = [(step, x) for step, x in enumerate(line["metrics"]["log_P"]) if x is not None]
-    ends = range(window, len(points) + 1)
-    means = [fmean(x for _, x in points[end - window:end]) for end in ends]
-    passed = (end for end, mean in zip(ends, means) if mean > means[0] / 2)
-    return next((points[end - 1][0] for end in passed), None)
+    means = [(points[end - 1][0], fmean(x for _, x in points[end - window:end]))
+             for end in range(window, len(points) + 1)]
+    half = means[0][1] / 2 if means else 0
+    return next((step for step, mean in means if mean > half), None)
 
 
 def median(steps: list) -> int | None:
@@ -821,7 +823,7 @@ def family_figure(pyplot) -> None:
     axes[0].set(title=r"Loss $\ell_q = (1 - P^{1-q}) / (1 - q)$", xlabel="P", ylim=(0, 4.5))
     axes[1].set(title=r"Weight of the RL gradient, $P^{-q}$", xlabel="P")
     axes[2].set(title=r"Time from $p_0$ to $P = 1/2$ (eq. 15)", xlabel=r"$p_0$")
-    axes[0].legend(frameon=False, loc="upper left")
+    axes[0].legend(frameon=False)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(RESULTS / "family.png", dpi=100)
